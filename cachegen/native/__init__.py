@@ -1,0 +1,35 @@
+"""The native library: C++17 behind a C ABI (cachegen_native.h), loaded with ctypes, which releases the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from ..errors import NativeMissing
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises NativeMissing with what to do."""
+    path = Path(__file__).with_name("_native.so")
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeMissing(
+            f"the native library can't be loaded ({error}): install a wheel, or build with a C++ compiler: pip install ."
+        ) from error
+    lib.cg_crc32c.restype = ctypes.c_uint32
+    lib.cg_crc32c.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
+    return lib
+
+
+def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """CRC32C (Castagnoli) of a bytes-like object, continuing from `crc`."""
+    view = memoryview(data)
+    if view.readonly and not isinstance(data, bytes):
+        address = ctypes.cast(ctypes.c_char_p(bytes(view)), ctypes.c_void_p) if view.nbytes else None
+        return int(library().cg_crc32c(crc, address, view.nbytes))
+    if isinstance(data, bytes):
+        return int(library().cg_crc32c(crc, data, len(data)))
+    return int(library().cg_crc32c(crc, (ctypes.c_char * view.nbytes).from_buffer(view), view.nbytes))
