@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DeviceError, DtypeError, LayoutError, RangeError, ShapeError
+from .errors import DeviceError, DtypeError, FingerprintMismatch, LayoutError, RangeError, ShapeError
 from .rope import Rope
 
 DTYPES: dict[str, torch.dtype] = {
@@ -104,6 +104,28 @@ class KVSpec:
 
     def with_dtype(self, dtype: str) -> KVSpec:
         return replace(self, dtype=dtype)
+
+    def differences(self, found: KVSpec) -> dict[str, tuple[Any, Any]]:
+        """Fields in which `found` differs: name -> (expected, found); of the layers, the first that does."""
+        fields: dict[str, tuple[Any, Any]] = {}
+        for name in ("model_type", "dtype", "num_layers"):
+            if getattr(self, name) != getattr(found, name):
+                fields[name] = (getattr(self, name), getattr(found, name))
+        for i, (want, got) in enumerate(zip(self.layers, found.layers, strict=False)):
+            if want == got:
+                continue
+            for name in ("kind", "kv_heads", "k_dim", "v_dim", "window", "rope"):
+                if getattr(want, name) != getattr(got, name):
+                    fields[f"layer {i} {name}"] = (getattr(want, name), getattr(got, name))
+            break
+        return fields
+
+    def check(self, found: KVSpec) -> None:
+        """Raise FingerprintMismatch, field by field, unless both describe the same cache."""
+        fields = self.differences(found)
+        if fields:
+            listed = "; ".join(f"{name}: expected {want}, got {got}" for name, (want, got) in fields.items())
+            raise FingerprintMismatch(f"the cache isn't this model's: {listed}", fields)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; equal neighbours are written once, with a count (format.md, *Spec*)."""
@@ -310,6 +332,21 @@ class KVChunk:
                 raise ShapeError(f"{where}: expected [tokens, heads, dim] = {list(shape)}; got {list(tensor.shape)}")
             if tensor.shape[2] > 1 and tensor.stride(2) != 1:
                 raise LayoutError(f"{where}: the last dimension must be contiguous; got strides {tensor.stride()}")
+
+    def cpu(self) -> KVChunk:
+        """The chunk with its tensors on the CPU (itself where they are there already)."""
+        if all(tensor.device.type == "cpu" for _, _, tensor in self.tensors()):
+            return self
+        layers = [
+            LayerKV(
+                layer.kind,
+                {name: tensor.cpu() for name, tensor in layer.tensors.items()},
+                layer.tokens,
+                {name: scale.cpu() for name, scale in layer.scales.items()},
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
     def slice(self, start: int, stop: int) -> KVChunk:
         """Tokens start..stop as a chunk of its own (views, no copy). States can't be sliced and are refused."""
