@@ -7,61 +7,68 @@ prefix, layer range or group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from .codecs.base import Group, LevelLoss
-from .kv import KVSpec, Lineage
+import numpy as np
 
-ALIGNMENT = 16
+from . import token_block
+from .codecs.base import GroupSegments
+from .errors import (
+    CapacityError,
+    ChecksumError,
+    FormatError,
+    InputError,
+    LevelError,
+    LimitExceeded,
+    NotAnObject,
+    RangeError,
+    Truncated,
+    VersionError,
+)
+from .header import (
+    MAX_GROUPS,
+    MAX_HEADER,
+    MAX_LEVELS,
+    MAX_TOKENS,
+    CodecEntry,
+    ObjectHeader,
+    header_json,
+    parse_header,
+    with_token_ids,
+)
+from .native import crc32c
+
+__all__ = [
+    "HEAD_READ",
+    "MAX_HEAD",
+    "MAX_TOKENS",
+    "ByteRange",
+    "CodecEntry",
+    "ObjectHeader",
+    "ObjectReader",
+    "trim",
+    "verify",
+    "write_object",
+]
+
+MAGIC = b"\x89KVC\r\n\x1a\n"
+VERSION = 1
+PRELUDE_BYTES = 64
 HEAD_READ = 16 * 1024
-"""Bytes of a first read: holds header and index of nearly every object; `ObjectReader.head_size` says if more."""
+"""Bytes of a first read: holds header and index of nearly every object; `ObjectReader.size_of_head` says if more."""
 MAX_HEAD = 16 * 1024 * 1024
-MAX_TOKENS = 1 << 20
+MAX_OBJECT = 1 << 44
+MAX_SEGMENT = (1 << 32) - 1
+WIDE, NARROW = 4, 2
+"""Segments start at multiples of 16 bytes, or of 4 in small objects, where 16 would cost too much (shifts)."""
 
-
-@dataclass(frozen=True)
-class CodecEntry:
-    """A codec used in an object: its id and config."""
-
-    codec_id: str
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ObjectHeader:
-    """All that an object says about itself.
-
-    Attributes:
-        codecs: the codecs used; `Group.codec` indexes them. The first is the object's own.
-        fingerprint: 32-byte digest of the model's fingerprint.
-        profile: content hash (hex) of the profile needed to decode, or None.
-        spec: the model's cache.
-        num_tokens: tokens in the chunk.
-        positions: runs (start, count) of consecutive positions, summing to num_tokens.
-        head_range: the model's KV heads held.
-        groups: every group, in order.
-        losses: stated loss by level. Embedded objects have one entry per level; others one, for the level written.
-        token_digest: 32-byte digest of the token ids (keys.token_digest), or None where the writer had none.
-        token_ids: the ids themselves, or None.
-        previous_ids: up to two ids before the chunk.
-        lineage: what the chunk was computed on, if lossy.
-    """
-
-    codecs: tuple[CodecEntry, ...]
-    fingerprint: bytes
-    profile: str | None
-    spec: KVSpec
-    num_tokens: int
-    positions: tuple[tuple[int, int], ...]
-    head_range: tuple[int, int]
-    groups: tuple[Group, ...]
-    losses: tuple[LevelLoss, ...]
-    token_digest: bytes | None = None
-    token_ids: tuple[int, ...] | None = None
-    previous_ids: tuple[int, ...] = ()
-    lineage: Lineage | None = None
+_PRELUDE = struct.Struct("<8sHHHBBIIIIQIIIQ")  # the CRC32C of these 60 bytes follows
+_INDEX_ENTRY = np.dtype([("length", "<u4"), ("crc", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -72,18 +79,178 @@ class ByteRange:
     stop: int
 
 
+@dataclass(frozen=True)
+class _Prelude:
+    """The first 64 bytes; sizes in bytes."""
+
+    levels: int
+    shift: int
+    header: int
+    tokens: int
+    index: int
+    groups: int
+    total: int
+    header_crc: int
+    tokens_crc: int
+    index_crc: int
+
+    @property
+    def head(self) -> int:
+        """Bytes before the payload: prelude, header, tokens, index, and zeros up to a multiple of 16."""
+        return _round_up(PRELUDE_BYTES + self.header + self.tokens + self.index, 16)
+
+    def pack(self) -> bytes:
+        fields = (self.levels, self.shift, self.header, self.tokens, self.index, self.groups, self.total)
+        start = _PRELUDE.pack(MAGIC, VERSION, 0, 0, *fields, self.header_crc, self.tokens_crc, self.index_crc, 0)
+        return start + struct.pack("<I", crc32c(start))
+
+    @classmethod
+    def unpack(cls, data: memoryview) -> _Prelude:
+        """Parse and check; every size that follows from it is within this reader's limits."""
+        start = bytes(data[:PRELUDE_BYTES])
+        if start[:8] != MAGIC[: len(start)]:
+            raise NotAnObject(_foreign(start))
+        if len(start) < PRELUDE_BYTES:
+            raise Truncated(f"prelude: expected {PRELUDE_BYTES} bytes; got {len(start)}. Fetch the object again")
+        if crc32c(start[:60]) != int.from_bytes(start[60:], "little"):
+            raise ChecksumError("prelude: its CRC32C doesn't match: the bytes were altered. Fetch the object again")
+        _, version, must, _, *fields, reserved = _PRELUDE.unpack(start[:60])
+        if version != VERSION or must:
+            raise VersionError(
+                f"expected format version {VERSION} without must-understand flags; got version {version}, "
+                f"flags {must:#06x}. Update cachegen to read this object"
+            )
+        prelude = cls(*fields)
+        prelude._check(reserved)
+        return prelude
+
+    def _check(self, reserved: int) -> None:
+        if reserved:
+            raise FormatError(f"prelude: expected zeros in its reserved bytes; got {reserved:#x}")
+        for what, value, least, most in (
+            ("levels", self.levels, 1, MAX_LEVELS),
+            ("alignment", self.shift, 0, 4),
+            ("groups", self.groups, 1, MAX_GROUPS),
+            ("header bytes", self.header, 2, MAX_HEADER),
+            ("head bytes", self.head, PRELUDE_BYTES, MAX_HEAD),
+            ("object bytes", self.total, self.head, MAX_OBJECT),
+        ):
+            if not least <= value <= most:
+                raise LimitExceeded(f"prelude: {what}: expected within {least}..{most}; got {value}")
+        if self.index != self.levels * self.groups * _INDEX_ENTRY.itemsize:
+            raise FormatError(f"prelude: expected an index of 8 bytes a level and group; got {self.index} bytes")
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _foreign(start: bytes) -> str:
+    if start[:4] in (MAGIC[:4], b"\x09KVC", b"KVC\r", b"KVC\n"):
+        return "expected a .kvc object; got one that a text-mode or 7-bit transfer has damaged. Copy it as binary"
+    return f"expected a .kvc object, which starts with {MAGIC.hex()}; got {start[:8].hex() or 'no bytes'}"
+
+
+# --------------------------------------------------------------------------- writing
 def write_object(header: ObjectHeader, segments: Sequence[Sequence[bytes]]) -> bytes:
-    """Serialise an object. `segments[group][level]`; a group with fewer levels than the object has empty ones after."""
-    raise NotImplementedError
+    """Serialise an object. `segments[group][level]`; a group with fewer levels than the object has empty ones after.
+
+    Raises InputError (the header contradicts itself, or segments don't match it), CapacityError (beyond a limit).
+    """
+    levels = len(header.losses)
+    if len(segments) != len(header.groups) or max(map(len, segments), default=0) > levels:
+        raise InputError(
+            f"segments: expected one list for each of {len(header.groups)} groups, of at most {levels} levels (one per "
+            f"stated loss); got {len(segments)} lists of up to {max(map(len, segments), default=0)}"
+        )
+    laid = [group[level] if level < len(group) else b"" for level in range(levels) for group in segments]
+    lengths = np.array([len(segment) for segment in laid], dtype=np.int64)
+    if lengths.size and lengths.max() > MAX_SEGMENT:
+        raise CapacityError(f"segment: expected at most {MAX_SEGMENT} bytes; got {lengths.max()}. Use smaller chunks")
+    index = np.zeros(len(laid), dtype=_INDEX_ENTRY)
+    index["length"] = lengths
+    index["crc"] = [crc32c(segment) for segment in laid]
+    tokens = b"" if header.token_ids is None else token_block.pack(header.token_ids)
+    text = header_json(header)
+    shift = WIDE if int((-lengths % 16).sum()) * 256 <= int(lengths.sum()) else NARROW
+    head = _head(text, tokens, index, levels, shift)
+    _check_readable(head, header)
+    parts: list[bytes] = [head]
+    for segment, length in zip(laid, lengths.tolist(), strict=True):
+        parts += (segment, bytes(-length % (1 << shift)))
+    return b"".join(parts)
 
 
-def trim(data: bytes | memoryview, level: int) -> bytes:
-    """The object cut to levels 0..level: an object again. Raises LevelError, FormatError."""
-    raise NotImplementedError
+def _head(text: bytes, tokens: bytes, index: np.ndarray[Any, Any], levels: int, shift: int) -> bytes:
+    """Prelude, header, token block and index, padded."""
+    entries = index.tobytes()
+    payload = int((-(-index["length"].astype(np.int64) >> shift) << shift).sum())
+    prelude = _Prelude(
+        levels=levels,
+        shift=shift,
+        header=len(text),
+        tokens=len(tokens),
+        index=len(entries),
+        groups=len(index) // max(1, levels),
+        total=0,
+        header_crc=crc32c(text),
+        tokens_crc=crc32c(tokens),
+        index_crc=crc32c(entries),
+    )
+    if prelude.head + payload > MAX_OBJECT or prelude.head > MAX_HEAD:
+        raise CapacityError(
+            f"object: expected a head within {MAX_HEAD} bytes and all within {MAX_OBJECT}; it is larger"
+        )
+    prelude = replace(prelude, total=prelude.head + payload)
+    body = b"".join((prelude.pack(), text, tokens, entries))
+    return body + bytes(prelude.head - len(body))
 
 
+def _check_readable(head: bytes, header: ObjectHeader) -> None:
+    """Nothing is written that a reader would refuse."""
+    try:
+        found = ObjectReader(head).header
+    except FormatError as error:
+        raise InputError(f"the object can't be written: {error.args[0]}") from error
+    if replace(found, codecs=header.codecs) != header:
+        raise InputError("the object can't be written: its header doesn't survive being written and read")
+
+
+def trim(data: bytes | bytearray | memoryview, level: int) -> bytes:
+    """The object cut to levels 0..level of its index: an object again. Raises LevelError, FormatError kinds."""
+    reader = ObjectReader(data)
+    if not 0 <= level < reader.num_levels:
+        raise LevelError(f"level: the object has 0..{reader.num_levels - 1}; got {level}")
+    header = replace(reader.header, losses=reader.header.losses[: level + 1])
+    kept = reader.index[: (level + 1) * len(header.groups)]
+    tokens = b"" if header.token_ids is None else token_block.pack(header.token_ids)
+    head = _head(header_json(header), tokens, kept, level + 1, reader.shift)
+    return b"".join((head, reader.bytes_of(ByteRange(reader.head_size, reader.level_size(level)))))
+
+
+def verify(data: bytes | bytearray | memoryview) -> None:
+    """Check a whole object: its head, every segment and every byte of padding. Raises FormatError kinds."""
+    reader = ObjectReader(data)
+    for level in range(reader.num_levels):
+        for group in range(len(reader.header.groups)):
+            reader.segment(level, group)
+    for padding in reader.paddings():
+        if any(reader.bytes_of(padding)):
+            raise ChecksumError(f"padding: expected zeros in bytes {padding.start}..{padding.stop}; got others")
+
+
+# --------------------------------------------------------------------------- reading
 class ObjectReader:
-    """A verified view of an object's bytes, whole or partly fetched."""
+    """A verified view of an object's bytes, whole or partly fetched. Nothing is copied that need not be.
+
+    Attributes:
+        header: what the object says about itself.
+        num_levels: levels in the index: 1 for a codec that isn't embedded.
+        head_size: bytes before the first segment.
+        total_size: bytes of the whole object.
+        index: length and CRC32C of each segment, level-major.
+        shift: log2 of the segments' alignment.
+    """
 
     header: ObjectHeader
     num_levels: int
@@ -95,29 +262,158 @@ class ObjectReader:
 
         Raises NotAnObject, VersionError, ChecksumError, Truncated, LimitExceeded, FormatError.
         """
-        raise NotImplementedError
+        view = memoryview(data).cast("B")
+        prelude = _Prelude.unpack(view)
+        self.num_levels, self.shift = prelude.levels, prelude.shift
+        self.head_size, self.total_size = prelude.head, prelude.total
+        if len(view) < self.head_size:
+            raise Truncated(
+                f"head: expected {self.head_size} bytes; got {len(view)}. Fetch at least that many", need=self.head_size
+            )
+        ends = np.cumsum([PRELUDE_BYTES, prelude.header, prelude.tokens, prelude.index]).tolist()
+        text, tokens, entries = (view[a:b] for a, b in pairwise(ends))
+        for what, part, crc in (
+            ("header", text, prelude.header_crc),
+            ("token block", tokens, prelude.tokens_crc),
+            ("index", entries, prelude.index_crc),
+        ):
+            if crc32c(part) != crc:
+                raise ChecksumError(f"{what}: its CRC32C doesn't match: the bytes were altered. Fetch the object again")
+        if any(view[ends[-1] : self.head_size]):
+            raise ChecksumError("head: expected zeros after the index; got others. Fetch the object again")
+        self.index = np.frombuffer(entries, dtype=_INDEX_ENTRY)
+        self._starts = self._lay(prelude)
+        self.header = parse_header(text, prelude.levels, prelude.groups)
+        if prelude.tokens:
+            self.header = with_token_ids(self.header, token_block.unpack(tokens, self.header.num_tokens))
+        self._pieces: list[tuple[int, memoryview]] = []
+        self._verified: dict[tuple[int, int], memoryview] = {}
+        self.add(0, view)
+
+    def _lay(self, prelude: _Prelude) -> list[int]:
+        """Where each segment starts, and where the last one's padding ends."""
+        padded = -(-self.index["length"].astype(np.int64) >> self.shift) << self.shift
+        starts = prelude.head + np.concatenate(([0], np.cumsum(padded)))
+        if int(starts[-1]) != prelude.total:
+            raise FormatError(
+                f"index: expected segments up to byte {prelude.total}, the object's end; got {starts[-1]}"
+            )
+        return [int(start) for start in starts]
 
     @staticmethod
-    def size_of_head(data: bytes | memoryview) -> int:
+    def size_of_head(data: bytes | bytearray | memoryview) -> int:
         """Bytes of prelude + header + index, from the object's first 64 bytes (to know how much more to read)."""
-        raise NotImplementedError
+        return _Prelude.unpack(memoryview(data).cast("B")).head
 
-    def add(self, start: int, data: bytes | memoryview) -> None:
-        """Hand over bytes of the object fetched later, beginning at offset `start`."""
-        raise NotImplementedError
+    def add(self, start: int, data: bytes | bytearray | memoryview) -> None:
+        """Hand over bytes of the object fetched later, beginning at offset `start`; they replace any there.
+
+        Raises FormatError if they reach beyond the object's end.
+        """
+        view = memoryview(data).cast("B")
+        stop = start + len(view)
+        if start < 0 or stop > self.total_size:
+            raise FormatError(f"object: expected bytes within 0..{self.total_size}; got {start}..{stop}")
+        if not len(view):
+            return
+        kept: list[tuple[int, memoryview]] = [(start, view)]
+        for first, piece in self._pieces:
+            if first < start:
+                kept.append((first, piece[: start - first]))
+            if first + len(piece) > stop:
+                kept.append((max(first, stop), piece[max(0, stop - first) :]))
+        self._pieces = sorted(kept, key=lambda item: item[0])
+
+    def bytes_of(self, where: ByteRange) -> memoryview:
+        """Bytes fetched so far, unchecked; a copy only if they came in several pieces. Raises Truncated."""
+        parts: list[memoryview] = []
+        at = where.start
+        while at < where.stop:
+            i = bisect_right(self._pieces, at, key=lambda item: item[0]) - 1
+            first, piece = self._pieces[i] if i >= 0 else (0, memoryview(b""))
+            part = piece[max(0, at - first) : where.stop - first]
+            if not len(part):
+                raise Truncated(f"object: bytes {at}..{where.stop} are missing. Fetch them and add() them")
+            parts.append(part)
+            at += len(part)
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def segment_range(self, level: int, group: int) -> ByteRange:
+        """Where a segment lies, without its padding. Raises LevelError, RangeError."""
+        i = self._slot(level, group)
+        return ByteRange(self._starts[i], self._starts[i] + int(self.index["length"][i]))
+
+    def paddings(self) -> list[ByteRange]:
+        """The bytes between segments, all zero."""
+        stops = (start + int(length) for start, length in zip(self._starts[:-1], self.index["length"], strict=True))
+        return [ByteRange(a, b) for a, b in zip(stops, self._starts[1:], strict=True) if a < b]
 
     def ranges(self, level: int, groups: Sequence[int] | None = None) -> list[ByteRange]:
         """Byte ranges that hold levels 0..level of the given groups (default all), neighbours joined."""
-        raise NotImplementedError
+        joined: list[ByteRange] = []
+        chosen = sorted(set(self._all(groups)))
+        for q in range(self._level(level) + 1):
+            for group in chosen:
+                i = self._slot(q, group)
+                start, stop = self._starts[i], self._starts[i + 1]
+                if joined and joined[-1].stop == start:
+                    joined[-1] = ByteRange(joined[-1].start, stop)
+                elif start < stop:
+                    joined.append(ByteRange(start, stop))
+        return joined
 
     def segment(self, level: int, group: int) -> memoryview:
-        """A segment's bytes, CRC-checked. Raises Truncated, ChecksumError."""
-        raise NotImplementedError
+        """A segment's bytes, CRC-checked once. Raises Truncated, ChecksumError."""
+        found = self._verified.get((level, group))
+        if found is None:
+            found = self.bytes_of(self.segment_range(level, group))
+            if crc32c(found) != int(self.index["crc"][self._slot(level, group)]):
+                raise ChecksumError(
+                    f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
+                    "Fetch them again",
+                    level=level,
+                    group=group,
+                )
+            self._verified[level, group] = found
+        return found
+
+    def segments(self, level: int, groups: Sequence[int] | None = None) -> list[GroupSegments]:
+        """Levels 0..level of the given groups (default all), as codecs take them.
+
+        Raises Truncated with the highest level that these groups have whole, and ChecksumError.
+        """
+        self._level(level)
+        try:
+            return [
+                GroupSegments(self.header.groups[g], [self.segment(q, g) for q in range(level + 1)])
+                for g in self._all(groups)
+            ]
+        except Truncated as error:
+            raise Truncated(error.args[0], self.complete_level(groups)) from error
 
     def complete_level(self, groups: Sequence[int] | None = None) -> int | None:
         """The highest level whose segments (and all below) are present and intact, or None."""
-        raise NotImplementedError
+        for level in range(self.num_levels):
+            try:
+                for group in self._all(groups):
+                    self.segment(level, group)
+            except (Truncated, ChecksumError):
+                return level - 1 if level else None
+        return self.num_levels - 1
 
     def level_size(self, level: int) -> int:
         """Bytes a reader must fetch for levels 0..level: head included."""
-        raise NotImplementedError
+        return self._starts[(self._level(level) + 1) * len(self.header.groups)]
+
+    def _all(self, groups: Sequence[int] | None) -> Iterable[int]:
+        return range(len(self.header.groups)) if groups is None else groups
+
+    def _level(self, level: int) -> int:
+        if not 0 <= level < self.num_levels:
+            raise LevelError(f"level: the object has 0..{self.num_levels - 1}; got {level}")
+        return level
+
+    def _slot(self, level: int, group: int) -> int:
+        if not 0 <= group < len(self.header.groups):
+            raise RangeError(f"group: the object has 0..{len(self.header.groups) - 1}; got {group}")
+        return self._level(level) * len(self.header.groups) + group

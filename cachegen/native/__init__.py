@@ -6,6 +6,8 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import NativeMissing
 
 
@@ -26,10 +28,7 @@ def library() -> ctypes.CDLL:
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """CRC32C (Castagnoli) of a bytes-like object, continuing from `crc`."""
-    view = memoryview(data)
-    if view.readonly and not isinstance(data, bytes):
-        address = ctypes.cast(ctypes.c_char_p(bytes(view)), ctypes.c_void_p) if view.nbytes else None
-        return int(library().cg_crc32c(crc, address, view.nbytes))
     if isinstance(data, bytes):
         return int(library().cg_crc32c(crc, data, len(data)))
-    return int(library().cg_crc32c(crc, (ctypes.c_char * view.nbytes).from_buffer(view), view.nbytes))
+    view = np.frombuffer(data, dtype=np.uint8)  # no copy, whether writable or not
+    return int(library().cg_crc32c(crc, view.ctypes.data, view.nbytes))
