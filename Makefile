@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMPS := $(VENV)/stamps
 NATIVE := $(wildcard cachegen/native/*.cpp cachegen/native/*.h)
 export HF_HUB_OFFLINE := 1

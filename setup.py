@@ -62,11 +62,22 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self._write(target, [*compiler, *built, *link])
 
+    def copy_extensions_to_source(self) -> None:
+        """In place (editable installs): copied whole, for the same reason."""
+        for ext in self.extensions:
+            built, target = (
+                Path(self.build_lib, self.get_ext_filename(ext.name)),
+                ROOT / self.get_ext_filename(ext.name),
+            )
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            shutil.copy2(built, partial)
+            partial.replace(target)
+
     def _write(self, target: Path, command: list[str]) -> None:
         """Run a command that makes `target`, which appears whole or not at all."""
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         command = [*command, "-o", str(partial)]
-        print("+", shlex.join(command), flush=True)
+        self.announce(shlex.join(command), level=2)
         try:
             subprocess.run(command, check=True, cwd=ROOT)
             partial.replace(target)
