@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import token_block
 from .codecs.base import GroupSegments
@@ -141,6 +142,13 @@ class _Prelude:
             raise FormatError(f"prelude: expected an index of 8 bytes a level and group; got {self.index} bytes")
 
 
+def _view(data: bytes | bytearray | memoryview) -> memoryview:
+    try:
+        return memoryview(data).cast("B")
+    except TypeError as error:
+        raise InputError(f"object: expected contiguous bytes; got {type(data).__name__} ({error})") from error
+
+
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -155,7 +163,8 @@ def _foreign(start: bytes) -> str:
 def write_object(header: ObjectHeader, segments: Sequence[Sequence[bytes]]) -> bytes:
     """Serialise an object. `segments[group][level]`; a group with fewer levels than the object has empty ones after.
 
-    Raises InputError (the header contradicts itself, or segments don't match it), CapacityError (beyond a limit).
+    Raises InputError (the header contradicts itself, or segments don't match it: nothing is written that a reader
+    would refuse), CapacityError (beyond a limit).
     """
     levels = len(header.losses)
     if len(segments) != len(header.groups) or max(map(len, segments), default=0) > levels:
@@ -181,7 +190,7 @@ def write_object(header: ObjectHeader, segments: Sequence[Sequence[bytes]]) -> b
     return b"".join(parts)
 
 
-def _head(text: bytes, tokens: bytes, index: np.ndarray[Any, Any], levels: int, shift: int) -> bytes:
+def _head(text: bytes, tokens: bytes, index: NDArray[Any], levels: int, shift: int) -> bytes:
     """Prelude, header, token block and index, padded."""
     entries = index.tobytes()
     payload = int((-(-index["length"].astype(np.int64) >> shift) << shift).sum())
@@ -231,9 +240,7 @@ def trim(data: bytes | bytearray | memoryview, level: int) -> bytes:
 def verify(data: bytes | bytearray | memoryview) -> None:
     """Check a whole object: its head, every segment and every byte of padding. Raises FormatError kinds."""
     reader = ObjectReader(data)
-    for level in range(reader.num_levels):
-        for group in range(len(reader.header.groups)):
-            reader.segment(level, group)
+    reader.segments(reader.num_levels - 1)
     for padding in reader.paddings():
         if any(reader.bytes_of(padding)):
             raise ChecksumError(f"padding: expected zeros in bytes {padding.start}..{padding.stop}; got others")
@@ -248,6 +255,7 @@ class ObjectReader:
         num_levels: levels in the index: 1 for a codec that isn't embedded.
         head_size: bytes before the first segment.
         total_size: bytes of the whole object.
+        parts: bytes of header, token block and index.
         index: length and CRC32C of each segment, level-major.
         shift: log2 of the segments' alignment.
     """
@@ -256,15 +264,19 @@ class ObjectReader:
     num_levels: int
     head_size: int
     total_size: int
+    parts: dict[str, int]
+    index: NDArray[Any]
+    shift: int
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         """Parse and verify prelude, header and index. `data` is a prefix of the object: at least the head.
 
         Raises NotAnObject, VersionError, ChecksumError, Truncated, LimitExceeded, FormatError.
         """
-        view = memoryview(data).cast("B")
+        view = _view(data)
         prelude = _Prelude.unpack(view)
         self.num_levels, self.shift = prelude.levels, prelude.shift
+        self.parts = {"header": prelude.header, "token_block": prelude.tokens, "index": prelude.index}
         self.head_size, self.total_size = prelude.head, prelude.total
         if len(view) < self.head_size:
             raise Truncated(
@@ -303,14 +315,14 @@ class ObjectReader:
     @staticmethod
     def size_of_head(data: bytes | bytearray | memoryview) -> int:
         """Bytes of prelude + header + index, from the object's first 64 bytes (to know how much more to read)."""
-        return _Prelude.unpack(memoryview(data).cast("B")).head
+        return _Prelude.unpack(_view(data)).head
 
     def add(self, start: int, data: bytes | bytearray | memoryview) -> None:
         """Hand over bytes of the object fetched later, beginning at offset `start`; they replace any there.
 
         Raises FormatError if they reach beyond the object's end.
         """
-        view = memoryview(data).cast("B")
+        view = _view(data)
         stop = start + len(view)
         if start < 0 or stop > self.total_size:
             raise FormatError(f"object: expected bytes within 0..{self.total_size}; got {start}..{stop}")
@@ -340,7 +352,7 @@ class ObjectReader:
 
     def segment_range(self, level: int, group: int) -> ByteRange:
         """Where a segment lies, without its padding. Raises LevelError, RangeError."""
-        i = self._slot(level, group)
+        i = self._slot(level, *self._all([group]))
         return ByteRange(self._starts[i], self._starts[i] + int(self.index["length"][i]))
 
     def paddings(self) -> list[ByteRange]:
@@ -363,11 +375,31 @@ class ObjectReader:
         return joined
 
     def segment(self, level: int, group: int) -> memoryview:
-        """A segment's bytes, CRC-checked once. Raises Truncated, ChecksumError."""
+        """A segment's bytes, CRC-checked once.
+
+        Raises Truncated (with the highest level that all groups have whole), ChecksumError, LevelError, RangeError.
+        """
+        return self.segments(level, [group], lowest=level)[0].segments[0]
+
+    def segments(self, level: int, groups: Sequence[int] | None = None, lowest: int = 0) -> list[GroupSegments]:
+        """Levels lowest..level of the given groups (default all), as codecs take them.
+
+        Raises Truncated with the highest level that these groups have whole, ChecksumError, LevelError, RangeError.
+        """
+        levels = range(lowest, self._level(level) + 1)
+        try:
+            return [
+                GroupSegments(self.header.groups[g], [self._checked(q, g) for q in levels]) for g in self._all(groups)
+            ]
+        except Truncated as error:
+            raise Truncated(error.args[0], self.complete_level(groups)) from error
+
+    def _checked(self, level: int, group: int) -> memoryview:
         found = self._verified.get((level, group))
         if found is None:
-            found = self.bytes_of(self.segment_range(level, group))
-            if crc32c(found) != int(self.index["crc"][self._slot(level, group)]):
+            i = self._slot(level, group)
+            found = self.bytes_of(ByteRange(self._starts[i], self._starts[i] + int(self.index["length"][i])))
+            if crc32c(found) != int(self.index["crc"][i]):
                 raise ChecksumError(
                     f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
                     "Fetch them again",
@@ -377,26 +409,12 @@ class ObjectReader:
             self._verified[level, group] = found
         return found
 
-    def segments(self, level: int, groups: Sequence[int] | None = None) -> list[GroupSegments]:
-        """Levels 0..level of the given groups (default all), as codecs take them.
-
-        Raises Truncated with the highest level that these groups have whole, and ChecksumError.
-        """
-        self._level(level)
-        try:
-            return [
-                GroupSegments(self.header.groups[g], [self.segment(q, g) for q in range(level + 1)])
-                for g in self._all(groups)
-            ]
-        except Truncated as error:
-            raise Truncated(error.args[0], self.complete_level(groups)) from error
-
     def complete_level(self, groups: Sequence[int] | None = None) -> int | None:
         """The highest level whose segments (and all below) are present and intact, or None."""
         for level in range(self.num_levels):
             try:
                 for group in self._all(groups):
-                    self.segment(level, group)
+                    self._checked(level, group)
             except (Truncated, ChecksumError):
                 return level - 1 if level else None
         return self.num_levels - 1
@@ -405,8 +423,12 @@ class ObjectReader:
         """Bytes a reader must fetch for levels 0..level: head included."""
         return self._starts[(self._level(level) + 1) * len(self.header.groups)]
 
-    def _all(self, groups: Sequence[int] | None) -> Iterable[int]:
-        return range(len(self.header.groups)) if groups is None else groups
+    def _all(self, groups: Sequence[int] | None) -> Sequence[int]:
+        count = len(self.header.groups)
+        for group in groups or ():
+            if not 0 <= group < count:
+                raise RangeError(f"group: the object has 0..{count - 1}; got {group}")
+        return range(count) if groups is None else groups
 
     def _level(self, level: int) -> int:
         if not 0 <= level < self.num_levels:
@@ -414,6 +436,4 @@ class ObjectReader:
         return level
 
     def _slot(self, level: int, group: int) -> int:
-        if not 0 <= group < len(self.header.groups):
-            raise RangeError(f"group: the object has 0..{len(self.header.groups) - 1}; got {group}")
         return self._level(level) * len(self.header.groups) + group

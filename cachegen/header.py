@@ -15,6 +15,7 @@ from typing import Any
 from . import strict_json
 from .codecs.base import Group, LevelLoss
 from .errors import CacheGenError, FormatError, LimitExceeded, VersionError, describe
+from .keys import token_digest
 from .kv import DTYPES, KVSpec, LayerKind, LayerSpec, Lineage
 
 MAX_HEADER = 1 << 20
@@ -171,8 +172,6 @@ def parse_header(raw: bytes | memoryview, levels: int, groups: int) -> ObjectHea
 
 def with_token_ids(header: ObjectHeader, ids: tuple[int, ...]) -> ObjectHeader:
     """The header with its token ids, if they are those of its digest. Raises FormatError."""
-    from .keys import token_digest
-
     if header.token_digest is None or token_digest(ids) != header.token_digest:
         raise FormatError("token ids: expected those of the header's digest; got others")
     return replace(header, token_ids=ids)
@@ -193,6 +192,9 @@ def _spec(data: Any) -> KVSpec:
         for name, most in (("heads", MAX_HEADS), ("k_dim", MAX_DIM), ("v_dim", MAX_DIM), ("window", MAX_POSITION)):
             if not 0 <= sizes[name] <= most:
                 raise LimitExceeded(f"header: layer {i} {name}: expected within 0..{most}; got {sizes[name]}")
+        rotated = layer.v_dim if layer.kind is LayerKind.MLA else layer.k_dim
+        if layer.rope is not None and layer.rope.rotary_dim > rotated:
+            raise FormatError(f"header: layer {i}: expected at most {rotated} rotary dims; got {layer.rope.rotary_dim}")
     return spec
 
 
