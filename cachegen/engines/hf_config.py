@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DtypeError, FormatError, StoreUnavailable, UnsupportedModel, describe
+from ..errors import DtypeError, FormatError, MissingExtra, StoreUnavailable, UnsupportedModel, describe
 from ..kv import DTYPE_NAMES, DTYPES, MAX_LAYERS, KVSpec, LayerKind, LayerSpec
 from ..rope import Rope, hf_head_dim, rope_from_hf
 
@@ -76,16 +76,23 @@ class RawConfig:
 
 
 def load_config(folder: Path | str) -> Any:
-    """The config of a model's folder.
+    """The config of a model's folder: its config.json, or where there is none, that of its first GGUF file.
 
     transformers 5 writes every field, so that its files are read as they are; older files lean on defaults of the
     model's class and are read by transformers where it is installed.
 
     Raises:
-        StoreUnavailable: no readable config.json there.
+        StoreUnavailable: no readable config.json or GGUF file there.
         FormatError: it isn't JSON with a `model_type`.
+        MissingExtra: a GGUF file, and transformers isn't installed.
+        UnsupportedModel: transformers can't read it.
     """
     path = Path(folder) / "config.json"
+    ggufs = sorted(Path(folder).glob("*.gguf"))
+    if ggufs and not path.exists():
+        if find_spec("transformers") is None:
+            raise MissingExtra("GGUF files: expected transformers: pip install 'cachegen[transformers]'")
+        return _auto_config(folder, gguf_file=ggufs[0].name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -97,12 +104,16 @@ def load_config(folder: Path | str) -> Any:
     written_by = str(data.get("transformers_version") or "0").partition(".")[0]
     if (written_by.isdigit() and int(written_by) >= 5) or find_spec("transformers") is None:
         return RawConfig(data)
+    return _auto_config(folder)
+
+
+def _auto_config(folder: Path | str, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, **kwargs)
     except ValueError as error:
-        raise UnsupportedModel(f"{path}: transformers can't read it: {error}") from error
+        raise UnsupportedModel(f"{folder}: transformers can't read its config: {error}") from error
 
 
 def text_config(config: Any) -> Any:
