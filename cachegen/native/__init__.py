@@ -23,6 +23,28 @@ def library() -> ctypes.CDLL:
         ) from error
     lib.cg_crc32c.restype = ctypes.c_uint32
     lib.cg_crc32c.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
+    lib.cg_isa_best.restype = ctypes.c_int
+    lib.cg_isa_best.argtypes = []
+    lib.cg_bank_create.restype = ctypes.c_int
+    lib.cg_bank_create.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+        ctypes.c_void_p,
+        ctypes.c_float,
+        ctypes.c_void_p,
+    ]
+    lib.cg_bank_free.restype = None
+    lib.cg_bank_free.argtypes = [ctypes.c_void_p]
+    lib.cg_decode.restype = ctypes.c_int
+    lib.cg_decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    lib.cg_encode.restype = ctypes.c_int
+    lib.cg_encode.argtypes = [*lib.cg_decode.argtypes[:4], ctypes.c_void_p, ctypes.c_void_p]
+    lib.cg_blob_free.restype = None
+    lib.cg_blob_free.argtypes = [ctypes.c_void_p]
     return lib
 
 

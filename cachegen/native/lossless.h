@@ -1,0 +1,54 @@
+/* C ABI of the `lossless` codec's planes: floats <-> exponent symbols and bit planes (docs/format-lossless.md). */
+#ifndef CACHEGEN_LOSSLESS_H
+#define CACHEGEN_LOSSLESS_H
+#include <stddef.h>
+#include <stdint.h>
+
+#include "cachegen_native.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Element types; the numbers are those of the bitstream. */
+enum { CG_LOSSLESS_BF16 = 0, CG_LOSSLESS_FP16 = 1, CG_LOSSLESS_FP32 = 2, CG_LOSSLESS_E4M3 = 3, CG_LOSSLESS_E5M2 = 4 };
+
+enum { CG_LOSSLESS_OK = 0, CG_LOSSLESS_ARGUMENT = 1, CG_LOSSLESS_EXCEPTIONS = 2, CG_LOSSLESS_MEMORY = 3 };
+
+/* Members of both structures are 8 bytes each, so that a table of int64 can be one. */
+
+/* One strided tensor [rows, heads, dim]; strides in bytes, dim contiguous. */
+typedef struct {
+  uint8_t *data;
+  int64_t row_stride, head_stride, heads, dim;
+} cg_rows;
+
+/* Rows row0..row1 of a matrix: tensors side by side; column c runs over tensors, heads, dims. */
+typedef struct {
+  const cg_rows *tensors;
+  int64_t count;       /* of tensors */
+  int64_t columns;     /* sum of heads * dim */
+  int64_t type, alphabet;
+  int64_t row0, row1;
+  const uint8_t *base; /* [columns] exponent of symbol 0 */
+  const uint8_t *flip; /* [columns] 0 or 1: the sign that symbol bit 0 = 0 stands for */
+  void *symbols;       /* [row1 - row0, columns]: uint8 */
+  uint8_t *planes[3];  /* at row row0 */
+  uint8_t *exceptions; /* split: room for one byte per element */
+  int64_t exception_count;
+} cg_floats;
+
+/* counts[column][exponent][sign] += 1 over the rows; types whose symbols hold no sign have no such axis. */
+CG_API int cg_lossless_count(const cg_floats *floats, uint32_t *counts);
+
+/* Tensors to symbols, planes and exceptions; sets exception_count. */
+CG_API int cg_lossless_split(cg_floats *floats);
+
+/* The inverse, n times. A null plane is all zeros; symbols are scratch afterwards. *failed is the index of the job
+   that didn't have exactly exception_count escapes, or whose exceptions don't fit the type. */
+CG_API int cg_lossless_merge(const cg_floats *floats, int64_t n, int64_t *failed);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
