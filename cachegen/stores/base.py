@@ -90,7 +90,7 @@ class Store(ABC):
         return await self._get(check_key(key))
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes start..stop, fewer where the object ends before. Raises KeyNotFound, RangeNotSatisfiable, RangeError."""
+        """Bytes start..stop, fewer where the object ends before. Raises KeyNotFound, RangeNotSatisfiable."""
         (data,) = await self.get_ranges(key, [(start, stop)])
         return data
 

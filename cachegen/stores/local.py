@@ -150,7 +150,7 @@ class LocalStore(Store):
             with self._errors(f"list {prefix!r}"):
                 try:
                     return sorted(os.listdir(folder))
-                except FileNotFoundError:
+                except (FileNotFoundError, NotADirectoryError):
                     if folder == self._objects:
                         raise self._root_gone() from None
                     return []
@@ -403,17 +403,26 @@ def _pread(fd: int, start: int, stop: int) -> bytes:
 
 
 def _mark_used(file: int | Path) -> None:
+    """Set the time of last use to now, where this process may.
+
+    A given time may be set by the file's owner only, the kernel's own (coarser) "now" by whoever may write it. A
+    folder that may only be read still serves reads: this reader evicts nothing there.
+    """
     now = time.time_ns()
-    for times in ((now, now), None):
-        try:
-            os.utime(file, ns=times)  # type: ignore[arg-type]  # None: the kernel's coarser now
-        except OSError as error:
-            # A given time may be set by the file's owner only, "now" by whoever may write. A folder that may only be
-            # read still serves reads: this reader evicts nothing there.
-            if error.errno not in _DENIED:
-                raise
-        else:
-            return
+    try:
+        os.utime(file, ns=(now, now))
+    except OSError as error:
+        if error.errno not in _DENIED:
+            raise
+        _mark_used_coarsely(file)
+
+
+def _mark_used_coarsely(file: int | Path) -> None:
+    try:
+        os.utime(file)
+    except OSError as error:
+        if error.errno not in _DENIED:
+            raise
 
 
 def _size_or_zero(path: Path) -> int:
