@@ -302,7 +302,7 @@ class ObjectReader:
         self._verified: dict[tuple[int, int], memoryview] = {}
         self.add(0, view)
 
-    def _lay(self, prelude: _Prelude) -> list[int]:
+    def _lay(self, prelude: _Prelude) -> NDArray[np.int64]:
         """Where each segment starts, and where the last one's padding ends."""
         padded = -(-self.index["length"].astype(np.int64) >> self.shift) << self.shift
         starts = prelude.head + np.concatenate(([0], np.cumsum(padded)))
@@ -310,7 +310,7 @@ class ObjectReader:
             raise FormatError(
                 f"index: expected segments up to byte {prelude.total}, the object's end; got {starts[-1]}"
             )
-        return [int(start) for start in starts]
+        return starts
 
     @staticmethod
     def size_of_head(data: bytes | bytearray | memoryview) -> int:
@@ -352,13 +352,12 @@ class ObjectReader:
 
     def segment_range(self, level: int, group: int) -> ByteRange:
         """Where a segment lies, without its padding. Raises LevelError, RangeError."""
-        i = self._slot(level, *self._all([group]))
-        return ByteRange(self._starts[i], self._starts[i] + int(self.index["length"][i]))
+        return self._where(self._slot(level, *self._all([group])))
 
     def paddings(self) -> list[ByteRange]:
         """The bytes between segments, all zero."""
-        stops = (start + int(length) for start, length in zip(self._starts[:-1], self.index["length"], strict=True))
-        return [ByteRange(a, b) for a, b in zip(stops, self._starts[1:], strict=True) if a < b]
+        stops = (self._starts[:-1] + self.index["length"]).tolist()
+        return [ByteRange(a, b) for a, b in zip(stops, self._starts[1:].tolist(), strict=True) if a < b]
 
     def ranges(self, level: int, groups: Sequence[int] | None = None) -> list[ByteRange]:
         """Byte ranges that hold levels 0..level of the given groups (default all), neighbours joined."""
@@ -367,7 +366,7 @@ class ObjectReader:
         for q in range(self._level(level) + 1):
             for group in chosen:
                 i = self._slot(q, group)
-                start, stop = self._starts[i], self._starts[i + 1]
+                start, stop = int(self._starts[i]), int(self._starts[i + 1])
                 if joined and joined[-1].stop == start:
                     joined[-1] = ByteRange(joined[-1].start, stop)
                 elif start < stop:
@@ -398,7 +397,7 @@ class ObjectReader:
         found = self._verified.get((level, group))
         if found is None:
             i = self._slot(level, group)
-            found = self.bytes_of(ByteRange(self._starts[i], self._starts[i] + int(self.index["length"][i])))
+            found = self.bytes_of(self._where(i))
             if crc32c(found) != int(self.index["crc"][i]):
                 raise ChecksumError(
                     f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
@@ -421,7 +420,7 @@ class ObjectReader:
 
     def level_size(self, level: int) -> int:
         """Bytes a reader must fetch for levels 0..level: head included."""
-        return self._starts[(self._level(level) + 1) * len(self.header.groups)]
+        return int(self._starts[(self._level(level) + 1) * len(self.header.groups)])
 
     def _all(self, groups: Sequence[int] | None) -> Sequence[int]:
         count = len(self.header.groups)
@@ -434,6 +433,10 @@ class ObjectReader:
         if not 0 <= level < self.num_levels:
             raise LevelError(f"level: the object has 0..{self.num_levels - 1}; got {level}")
         return level
+
+    def _where(self, slot: int) -> ByteRange:
+        start = int(self._starts[slot])
+        return ByteRange(start, start + int(self.index["length"][slot]))
 
     def _slot(self, level: int, group: int) -> int:
         return self._level(level) * len(self.header.groups) + group
