@@ -170,4 +170,5 @@ def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     room = PROB_SUM - present.sum(1, keepdims=True)
     freqs = np.floor(counts / counts.sum(1, keepdims=True) * room) + present
     freqs[np.arange(len(freqs)), freqs.argmax(1)] += PROB_SUM - freqs.sum(1)
-    return freqs.astype(np.uint16)
+    rounded: NDArray[np.uint16] = freqs.astype(np.uint16)
+    return rounded

@@ -8,39 +8,26 @@ docs/format-lossless.md.
 from __future__ import annotations
 
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-import zstandard
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..entropy import rans
-from ..entropy.tables import PROB_SUM, TableBank
-from ..errors import CorruptStream, DtypeError, FormatError, InputError, LevelError, LimitExceeded, TableError
+from ..errors import CorruptStream, DtypeError, FormatError, InputError, LevelError, LimitExceeded
 from ..kv import DTYPE_NAMES, KVChunk, KVSpec, LayerKind
 from ..native import lossless as native
 from .base import ChunkCodec, ChunkInfo, EncodedGroups, Group, GroupSegments, LevelLoss, Targets
-from .exponents import FLOAT_TYPES, MAX_TABLES, ExponentModel, FloatType, fit
+from .exponents import FLOAT_TYPES, FloatType
+from .float_records import BLOCK, ZSTD, Cursor, Work, fold, read_record, run_batch, write_record
 
 if TYPE_CHECKING:
     from ..profile import ModelProfile
 
-RAW, RANS, ZSTD = range(3)
-"""Modes of a record."""
-BLOCK = 1 << 19
-"""Symbols of a block: what a decoder keeps beside its output."""
-MAX_COLUMNS = 4096
-"""Columns into which a tensor without heads is folded, at most (if its last dimension allows)."""
 MAX_ARRAY = 1 << 30
 """Bytes of a state tensor, at most."""
-_PER_RUN, _WIDE_BASE, _OMIT = 1, 2, 2  # flags; _OMIT << plane for planes 1 and 2
 _DTYPES = {code: dtype for dtype, code in native.TYPES.items()}
 
 
@@ -106,7 +93,7 @@ class Lossless(ChunkCodec):
         return EncodedGroups([[segment] for segment in segments], [LevelLoss(0, 0.0)])
 
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
-        batches: list[list[_Work]] = [[]]
+        batches: list[list[Work]] = [[]]
         room = BLOCK
         for part in parts:
             for work in _read_group(info, part, targets):
@@ -117,12 +104,15 @@ class Lossless(ChunkCodec):
                 room -= work.symbols
         if threads > 1 and len(batches) > 1:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(_run_batch, batches))
+                list(pool.map(run_batch, batches))
         else:
             for batch in batches:
-                _run_batch(batch)
+                run_batch(batch)
 
     # ------------------------------------------------------------------ writing
+    def _write(self, tensors: Sequence[Tensor]) -> bytes:
+        return write_record(tensors, self.level if self.coder == "zstd" else None)
+
     def _write_group(self, chunk: KVChunk, group: Group) -> bytes:
         out: list[bytes] = []
         for i in range(*group.layers):
@@ -130,7 +120,7 @@ class Lossless(ChunkCodec):
             if group.names:
                 first = group.heads[0] - (chunk.heads[0] if layer.kind is not LayerKind.MLA else 0)
                 heads = slice(first, first + group.heads[1] - group.heads[0])
-                out.append(self._record([layer.tensors[name][:, heads] for name in group.names]))
+                out.append(self._write([layer.tensors[name][:, heads] for name in group.names]))
                 scaled = [name for name in group.names if name in layer.scales]
                 out.append(bytes([len(scaled)]))
                 for name in scaled:
@@ -155,206 +145,20 @@ class Lossless(ChunkCodec):
             raise InputError(f"{where}: at most 8 dimensions and {MAX_ARRAY} bytes; got {list(tensor.shape)}")
         shape = tuple(tensor.shape)
         head = struct.pack(f"<BB{len(shape)}I", native.TYPES[tensor.dtype], len(shape), *shape)
-        return head + self._record([_fold(tensor.cpu().contiguous())])
-
-    def _record(self, tensors: Sequence[Tensor]) -> bytes:
-        """A matrix: tensors [rows, heads, dim] of one dtype, side by side."""
-        tensors = [t if t.shape[2] < 2 or t.stride(2) == 1 else t.contiguous() for t in tensors]
-        matrix = _Matrix(tensors)
-        raw = 1 + matrix.nbytes
-        if matrix.rows and matrix.columns:
-            coded = _write_zstd(matrix, self.level) if self.coder == "zstd" else _write_rans(matrix, raw)
-            if coded is not None and len(coded) < raw:
-                return coded
-        return bytes([RAW]) + _side_by_side([_bytes_of(t) for t in tensors])
-
-
-# ---------------------------------------------------------------------- matrices
-class _Matrix:
-    """Tensors [rows, heads, dim] of one dtype side by side, as the native functions see them."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.kind: FloatType = FLOAT_TYPES[native.TYPES[tensors[0].dtype]]
-        self.rows = int(tensors[0].shape[0])
-        self.columns = sum(int(t.shape[1] * t.shape[2]) for t in tensors)
-        self.nbytes = self.rows * self.columns * self.kind.size
-        self.table = native.rows_table(tensors)
-
-    @property
-    def widths(self) -> NDArray[np.int64]:
-        """Columns of each head."""
-        return np.concatenate([np.full(t.shape[1], t.shape[2], dtype=np.int64) for t in self.tensors])
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block: a multiple of 32."""
-        return max(32, BLOCK // self.columns // 32 * 32)
-
-    def edges(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of the blocks."""
-        for start in range(0, self.rows, self.block_rows):
-            yield start, min(self.rows, start + self.block_rows)
-
-    def job(self, alphabet: int, rows: tuple[int, int]) -> NDArray[np.int64]:
-        """A `cg_floats`, without its pointers."""
-        job = np.zeros(native.MEMBERS, dtype=np.int64)
-        job[: native.BASE] = (
-            self.table.ctypes.data,
-            len(self.tensors),
-            self.columns,
-            self.kind.code,
-            alphabet,
-            rows[0],
-            rows[1],
-        )
-        return job
-
-
-def _fold(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of any shape as [rows, 1, columns]: its last dimension, halved while it is too wide."""
-    columns = int(tensor.shape[-1]) if tensor.dim() and tensor.shape[-1] else 1
-    while columns > MAX_COLUMNS and columns % 2 == 0:
-        columns //= 2
-    return tensor.reshape(-1, 1, columns)
-
-
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
-    """uint8 [rows, heads, dim * size] over the same memory."""
-    array: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
-    return array
-
-
-def _side_by_side(arrays: Sequence[NDArray[np.uint8]]) -> bytes:
-    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1).tobytes()
-
-
-def _address_of(data: memoryview) -> int:
-    return int(np.frombuffer(data, dtype=np.uint8).ctypes.data) if len(data) else 0
-
-
-# ---------------------------------------------------------------------- writing records
-def _write_rans(matrix: _Matrix, raw: int) -> bytes | None:
-    kind, rows, columns = matrix.kind, matrix.rows, matrix.columns
-    counts = np.zeros((columns, 1 << kind.exponent_bits + kind.signs), dtype=np.uint32)
-    native.count(matrix.job(16, (0, rows)), counts)
-    widths = matrix.widths
-    starts = np.concatenate([[0], widths.cumsum()[:-1]])
-    model, bits = fit(counts, starts, kind)
-    if bits / 8 + sum(kind.planes) * rows * columns / 8 >= raw:
-        return None
-    base, flip, table = _by_column(model, widths)
-    bank = _bank(model.freqs)
-    planes = [np.empty((rows, kind.plane_bytes(p, columns)), dtype=np.uint8) for p in range(len(kind.planes))]
-    symbols, specs, exceptions = [], [], []
-    for start, stop in matrix.edges():
-        job = matrix.job(model.alphabet, (start, stop))
-        coded = torch.empty(stop - start, columns, dtype=torch.uint8)
-        escaped = np.empty((stop - start) * columns, dtype=np.uint8)
-        job[native.BASE], job[native.FLIP] = base.ctypes.data, flip.ctypes.data
-        job[native.SYMBOLS], job[native.EXCEPTION] = coded.data_ptr(), escaped.ctypes.data
-        for p, plane in enumerate(planes):
-            job[native.PLANE0 + p] = plane[start:].ctypes.data
-        native.split(job)
-        symbols.append(coded)
-        exceptions.append(escaped[: job[native.EXCEPTION_COUNT]].tobytes())
-        specs.append(rans.MatrixSpec(stop - start, columns, bank, table))
-    streams = rans.encode(symbols, specs)
-    omitted = [p > 0 and kind.size == 4 and not plane.any() for p, plane in enumerate(planes)]
-    head = _model_bytes(model, kind, sum(_OMIT << p for p, gone in enumerate(omitted) if gone))
-    sizes = struct.pack(
-        f"<{2 * len(streams)}I", *(n for s, e in zip(streams, exceptions, strict=True) for n in (len(s), len(e)))
-    )
-    kept = [plane.tobytes() for plane, gone in zip(planes, omitted, strict=True) if not gone]
-    return b"".join([head, sizes, *exceptions, *kept, *streams])
-
-
-def _model_bytes(model: ExponentModel, kind: FloatType, omitted: int) -> bytes:
-    low = int(model.base.min())
-    wide = int(model.base.max()) - low > 15 >> kind.signs
-    flags = (_PER_RUN if model.per_run else 0) | (_WIDE_BASE if wide else 0) | omitted << 1
-    out = [struct.pack("<5B", RANS, flags, model.alphabet.bit_length() - 1, len(model.freqs) - 1, low)]
-    for row in model.freqs:
-        used = int(np.flatnonzero(row)[-1]) + 1
-        out.append(struct.pack(f"<B{used}H", used - 1, *row[:used].tolist()))
-    offset = model.base - low
-    if wide:
-        out += [offset.tobytes(), (model.table | model.flip << 7).tobytes()]
-    else:
-        out.append((model.table | offset << 4 | model.flip << 7).astype(np.uint8).tobytes())
-    return b"".join(out)
-
-
-def _by_column(
-    model: ExponentModel, widths: NDArray[np.int64]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]:
-    """Base, flip and table id of each column."""
-    sides = (model.base, model.flip, model.table)
-    if model.per_run:
-        sides = tuple(np.repeat(side, widths) for side in sides)  # type: ignore[assignment]
-    base, flip, table = (np.ascontiguousarray(side) for side in sides)
-    return base, flip, table.astype(np.uint16)
-
-
-def _bank(freqs: NDArray[np.uint16]) -> TableBank:
-    tables, alphabet = freqs.shape
-    return TableBank(
-        freqs=freqs,
-        offset=0,
-        low_bits=np.zeros(tables, dtype=np.uint8),
-        escape=False,
-        recon=np.zeros((tables, alphabet), dtype=np.float32),
-    )
-
-
-def _write_zstd(matrix: _Matrix, level: int) -> bytes:
-    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
-    frames: list[bytes] = []
-    for start, stop in matrix.edges():
-        views = [_bytes_of(t[start:stop]) for t in matrix.tensors]
-        for byte in range(matrix.kind.size):
-            frames.append(compressor.compress(_side_by_side([view[:, :, byte :: matrix.kind.size] for view in views])))
-    return b"".join([bytes([ZSTD]), struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames])
+        return head + self._write([fold(tensor.cpu().contiguous())])
 
 
 # ---------------------------------------------------------------------- reading
-class _Cursor:
-    """Reads a segment front to back; every read is checked against what is left."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data = memoryview(data).cast("B")
-        self.at = 0
-
-    def take(self, n: int) -> memoryview:
-        if n > len(self.data) - self.at:
-            raise CorruptStream(
-                f"lossless: expected {n} more bytes at {self.at} of the segment; {len(self.data) - self.at} are left"
-            )
-        self.at += n
-        return self.data[self.at - n : self.at]
-
-    def unpack(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
-
-    def array(self, n: int) -> NDArray[np.uint8]:
-        """A copy of n bytes."""
-        return np.frombuffer(self.take(n), dtype=np.uint8).copy()
-
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise CorruptStream(f"lossless: {len(self.data) - self.at} bytes are left over at the segment's end")
-
-
-def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Iterator[_Work]:
+def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Iterator[Work]:
     """The records of a segment; states and scales are given memory and put into `targets`."""
     group = part.group
     if len(part.segments) != 1:
         raise FormatError(f"lossless: expected one segment a group; got {len(part.segments)}")
-    cursor = _Cursor(part.segments[0])
+    cursor = Cursor(part.segments[0])
     for i in range(*group.layers):
         if group.names:
             tensors = [targets[i, name] for name in group.names]
-            yield from _read_record(cursor, tensors)
+            yield from read_record(cursor, tensors)
             (scaled,) = cursor.unpack("B")
             if scaled > len(group.names):
                 raise CorruptStream(f"lossless: layer {i} has {len(group.names)} tensors; got {scaled} scales")
@@ -382,7 +186,7 @@ def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Itera
     cursor.end()
 
 
-def _read_array(cursor: _Cursor, limit: int) -> tuple[Tensor, Sequence[_Work]]:
+def _read_array(cursor: Cursor, limit: int) -> tuple[Tensor, Sequence[Work]]:
     """A tensor that states its dtype and shape; at most `limit` elements are given memory."""
     code, dims = cursor.unpack("BB")
     if code not in _DTYPES or dims > 8:
@@ -398,175 +202,11 @@ def _read_array(cursor: _Cursor, limit: int) -> tuple[Tensor, Sequence[_Work]]:
         raise LimitExceeded(f"lossless: a tensor {list(shape)} is larger than the {min(limit, MAX_ARRAY)} allowed here")
     _check_claim(cursor, elements, FLOAT_TYPES[code])
     tensor = torch.empty(shape, dtype=_DTYPES[code])
-    return tensor, _read_record(cursor, [_fold(tensor)])
+    return tensor, read_record(cursor, [fold(tensor)])
 
 
-def _check_claim(cursor: _Cursor, elements: int, kind: FloatType) -> None:
+def _check_claim(cursor: Cursor, elements: int, kind: FloatType) -> None:
     """Refuse a tensor that the bytes left can't hold, before it is given memory."""
     left = len(cursor.data) - cursor.at
     if left and cursor.data[cursor.at] != ZSTD and elements * kind.planes[0] > 8 * left:
         raise CorruptStream(f"lossless: {elements} elements can't be in the {left} bytes left of the segment")
-
-
-def _read_record(cursor: _Cursor, tensors: Sequence[Tensor]) -> Sequence[_Work]:
-    """The parts of a record."""
-    matrix = _Matrix(tensors)
-    (mode,) = cursor.unpack("B")
-    if mode == RAW:
-        data = cursor.take(matrix.nbytes)
-        return [_RawRows(matrix, data)] if matrix.nbytes else []
-    if matrix.rows == 0 or matrix.columns == 0 or mode not in (RANS, ZSTD):
-        raise CorruptStream(f"lossless: no record of mode {mode} can hold {matrix.rows} x {matrix.columns} elements")
-    if mode == RANS:
-        return list(_read_rans(cursor, matrix))
-    edges, planes = list(matrix.edges()), matrix.kind.size
-    frames = [cursor.take(size) for size in cursor.unpack(f"{len(edges) * planes}I")]
-    return [_ZstdBlock(matrix, rows, frames[i * planes : (i + 1) * planes]) for i, rows in enumerate(edges)]
-
-
-def _read_rans(cursor: _Cursor, matrix: _Matrix) -> Iterator[_RansBlock]:
-    kind, rows, columns = matrix.kind, matrix.rows, matrix.columns
-    flags, log_alphabet, tables, low = cursor.unpack("4B")
-    omittable = _OMIT << 2 | _OMIT << 3 if kind.size == 4 else 0
-    alphabet = 1 << log_alphabet if log_alphabet < 9 else 0
-    if flags & ~(_PER_RUN | _WIDE_BASE | omittable) or alphabet not in kind.alphabets or tables >= MAX_TABLES:
-        raise CorruptStream(f"lossless: bad record: flags {flags}, alphabet 2^{log_alphabet}, {tables + 1} tables")
-    freqs = np.zeros((tables + 1, alphabet), dtype=np.uint16)
-    for row in freqs:
-        used = cursor.unpack("B")[0] + 1
-        if used > alphabet:
-            raise TableError(f"lossless: a table of {used} symbols in an alphabet of {alphabet}")
-        row[:used] = np.frombuffer(cursor.take(2 * used), dtype="<u2")
-    if (freqs.sum(1, dtype=np.int64) != PROB_SUM).any() or freqs.max() >= PROB_SUM:
-        raise TableError(f"lossless: a table's frequencies must sum to {PROB_SUM}, each below it")
-    per_run = bool(flags & _PER_RUN)
-    widths = matrix.widths
-    sides = len(widths) if per_run else columns
-    first = cursor.array(sides)
-    if flags & _WIDE_BASE:
-        second = cursor.array(sides)
-        offset, flip, table = first, second >> 7, second & 0x7F
-    else:
-        offset, flip, table = first >> 4, first >> 7, first & 15
-        if kind.signs:
-            offset = offset & 7
-    if not kind.signs:
-        flip = np.zeros_like(table)
-    model = ExponentModel(freqs, (offset + low).astype(np.uint8), flip, table, per_run)
-    base, flip, ids = _by_column(model, widths)
-    bank = _bank(freqs)
-    edges = list(matrix.edges())
-    sizes = cursor.unpack(f"{2 * len(edges)}I")
-    exceptions = [_address_of(cursor.take(n)) for n in sizes[1::2]]
-    planes: list[int] = []
-    for p in range(len(kind.planes)):
-        gone = p > 0 and flags & _OMIT << p + 1
-        planes.append(0 if gone else _address_of(cursor.take(rows * kind.plane_bytes(p, columns))))
-    for (start, stop), (stream, escaped), exception in zip(
-        edges, zip(sizes[::2], sizes[1::2], strict=True), exceptions, strict=True
-    ):
-        job = matrix.job(alphabet, (start, stop))
-        job[native.BASE], job[native.FLIP] = base.ctypes.data, flip.ctypes.data
-        job[native.EXCEPTION], job[native.EXCEPTION_COUNT] = exceptions[i], sizes[2 * i + 1]
-        for p, plane in enumerate(planes):
-            job[native.PLANE0 + p] = plane + start * kind.plane_bytes(p, columns) if plane else 0
-        spec = rans.MatrixSpec(stop - start, columns, bank, ids)
-        yield _RansBlock(job, spec, cursor.take(sizes[2 * i]), (matrix, base, flip, cursor.data))
-
-
-class _Work(ABC):
-    """A part of a record that is decoded on its own; `symbols` elements large."""
-
-    symbols: int
-
-    @abstractmethod
-    def run(self) -> None:
-        """Write the decoded elements to their tensors."""
-
-
-@dataclass
-class _RawRows(_Work):
-    matrix: _Matrix
-    data: memoryview
-
-    def __post_init__(self) -> None:
-        self.symbols = self.matrix.rows * self.matrix.columns
-
-    def run(self) -> None:
-        rows, at = np.frombuffer(self.data, dtype=np.uint8).reshape(self.matrix.rows, -1), 0
-        for target in map(_bytes_of, self.matrix.tensors):
-            width = target.shape[1] * target.shape[2]
-            target[...] = rows[:, at : at + width].reshape(target.shape)
-            at += width
-
-
-@dataclass
-class _ZstdBlock(_Work):
-    matrix: _Matrix
-    rows: tuple[int, int]
-    frames: Sequence[memoryview]
-
-    def __post_init__(self) -> None:
-        self.symbols = (self.rows[1] - self.rows[0]) * self.matrix.columns
-
-    def run(self) -> None:
-        size, (start, stop) = self.matrix.kind.size, self.rows
-        for byte, frame in enumerate(self.frames):
-            plane, at = self._decompress(frame).reshape(stop - start, -1), 0
-            for target in map(_bytes_of, self.matrix.tensors):
-                width = target.shape[1] * target.shape[2] // size
-                part = plane[:, at : at + width].reshape(stop - start, target.shape[1], -1)
-                target[start:stop, :, byte::size] = part
-                at += width
-
-    def _decompress(self, frame: memoryview) -> NDArray[np.uint8]:
-        """A frame's content, whose stated size is checked before any memory is given."""
-        try:
-            header = zstandard.get_frame_parameters(frame)
-            if header.content_size != self.symbols or header.dict_id != 0:
-                raise CorruptStream(
-                    f"lossless: expected a zstd frame of {self.symbols} bytes; got one of {header.content_size}"
-                )
-            data = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(frame, max_output_size=self.symbols)
-        except zstandard.ZstdError as error:
-            raise CorruptStream(
-                f"lossless: a zstd frame doesn't decompress ({error}); fetch the object again"
-            ) from error
-        return np.frombuffer(data, dtype=np.uint8)
-
-
-@dataclass
-class _RansBlock(_Work):
-    """Rows of a matrix whose symbols are one rANS matrix."""
-
-    job: NDArray[np.int64]
-    spec: rans.MatrixSpec
-    stream: memoryview
-    keep: tuple[object, ...]
-
-    def __post_init__(self) -> None:
-        self.symbols = self.spec.tokens * self.spec.components
-
-    def run(self) -> None:
-        _decode_blocks([self])
-
-
-def _decode_blocks(blocks: Sequence[_RansBlock]) -> None:
-    scratch = torch.empty(sum(block.symbols for block in blocks), dtype=torch.uint8)
-    symbols, at = [], 0
-    for block in blocks:
-        part = scratch[at : at + block.symbols]
-        block.job[native.SYMBOLS] = part.data_ptr()
-        symbols.append(part.view(block.spec.tokens, block.spec.components))
-        at += block.symbols
-    rans.decode([block.stream for block in blocks], [block.spec for block in blocks], symbols)
-    native.merge(np.stack([block.job for block in blocks]))
-
-
-def _run_batch(batch: Sequence[_Work]) -> None:
-    coded = [work for work in batch if isinstance(work, _RansBlock)]
-    if coded:
-        _decode_blocks(coded)
-    for work in batch:
-        if not isinstance(work, _RansBlock):
-            work.run()
