@@ -58,6 +58,10 @@ class Rope:
     long_inv_freq: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        # Frequencies are fp32 by definition; a value that isn't would not survive being written and read.
+        object.__setattr__(self, "inv_freq", _fp32(self.inv_freq))
+        if self.long_inv_freq is not None:
+            object.__setattr__(self, "long_inv_freq", _fp32(self.long_inv_freq))
         # Every rotation looks its tables up by rope; the hash of all frequencies is worth keeping.
         fields = (self.inv_freq, self.attention_scaling, self.rotary_dim, self.interleaved, self.kind, self.switch_at)
         object.__setattr__(self, "_hash", hash((fields, self.long_inv_freq)))
@@ -126,6 +130,10 @@ def _integer(data: Mapping[str, Any], name: str, low: int, high: int) -> int:
     if value > high:
         raise LimitExceeded(f"rope: {name} must be at most {high}; got {value}")
     return value
+
+
+def _fp32(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(np.asarray(values, dtype=np.float32).tolist())
 
 
 def _pack(values: tuple[float, ...]) -> str:
