@@ -66,7 +66,9 @@ def main() -> None:
     filled = table(documents) if documents else ""
     after = SECTION.sub(lambda found: found[1] + filled + found[2], before)
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md: the figures aren't those of docs/results: run docs/results/render.py" * (after != before))
+        if after != before:
+            sys.exit("README.md: the figures aren't those of docs/results: run docs/results/render.py")
+        return
     README.write_text(after, encoding="utf-8")
 
 
