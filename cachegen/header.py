@@ -180,7 +180,7 @@ def with_token_ids(header: ObjectHeader, ids: tuple[int, ...]) -> ObjectHeader:
 def _spec(data: Any) -> KVSpec:
     try:
         spec = KVSpec.from_json(data)
-        same = spec.to_json() == data
+        same = _equal(spec.to_json(), data)
     except FormatError:
         raise
     except (CacheGenError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -196,6 +196,15 @@ def _spec(data: Any) -> KVSpec:
         if layer.rope is not None and layer.rope.rotary_dim > rotated:
             raise FormatError(f"header: layer {i}: expected at most {rotated} rotary dims; got {layer.rope.rotary_dim}")
     return spec
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two JSON values are equal; unlike Python's ==, true isn't 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def _codec(data: Any) -> CodecEntry:

@@ -402,6 +402,46 @@ class TestJson:
         assert write_object(reader.header, SEGMENTS)
 
 
+class TestSpec:
+    """What `KVSpec.from_json` would quietly convert or ignore is refused."""
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (["colour"], 1),
+            (["layers", 0, "colour"], 1),
+            (["layers", 0, "rope", "colour"], 1),
+            (["layers", 0, "heads"], "2"),
+            (["layers", 0, "heads"], 2.5),
+            (["layers", 0, "count"], 2.5),
+            (["layers", 0, "count"], True),
+            (["layers", 0, "window"], None),
+            (["model_type"], 5),
+            (["dtype"], "int8"),
+            (["layers", 0, "kind"], "other"),
+            (["layers"], []),
+        ],
+        ids=str,
+    )
+    def test_other_forms(self, path, value):
+        with pytest.raises(FormatError):
+            ObjectReader(forge(edited(["spec", *path], value)))
+
+    def test_true_is_not_one(self):
+        text = edited(["spec", "layers", 0, "count"], 1)
+        text["groups"][0]["layers"][1] = 1
+        lone = ENTRIES[:16] + ENTRIES[32:48]
+        assert ObjectReader(forge(text, entries=lone, payload=PAYLOAD[:16], groups=2)).header.spec.num_layers == 1
+        text["spec"]["layers"][0]["count"] = True
+        with pytest.raises(FormatError, match="spec"):
+            ObjectReader(forge(text, entries=lone, payload=PAYLOAD[:16], groups=2))
+
+    def test_neighbours_that_are_alike(self):
+        layer = JSON["spec"]["layers"][0]
+        with pytest.raises(FormatError, match="spec"):
+            ObjectReader(forge(edited(["spec", "layers"], [layer | {"count": 1}] * 2)))
+
+
 class TestGroupBombs:
     """Few bytes of runs that stand for very many groups, or take very long to check."""
 
@@ -413,6 +453,11 @@ class TestGroupBombs:
         text = edited(["groups"], [self.runs([0, 2, 1], [part] * 4)] * 4)
         with pytest.raises(FormatError, match="groups"):
             ObjectReader(forge(text))
+
+    def test_fewer_groups_than_the_prelude_says(self):
+        raw = forge(entries=ENTRIES + struct.pack("<II", 0, 0) * 2, groups=5)
+        with pytest.raises(FormatError, match="groups"):
+            ObjectReader(raw)
 
     def test_many_overlapping_groups_of_many_layers(self):
         text = edited(["spec", "layers", 0, "count"], 1024)
