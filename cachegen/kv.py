@@ -91,8 +91,8 @@ class KVSpec:
 
     @property
     def kv_heads(self) -> int:
-        """KV heads of the model: the widest layer's (layers of one model nearly always agree)."""
-        return max(layer.kv_heads for layer in self.layers)
+        """KV heads of the model: the widest layer's (layers of one model nearly always agree); 1 if all are states."""
+        return max(1, *(layer.kv_heads for layer in self.layers))
 
     def elements_per_token(self, head_range: tuple[int, int] | None = None) -> int:
         """Numbers of K and V (or latent) that one token adds to the cache."""
@@ -357,7 +357,8 @@ class KVChunk:
             if layer.kind is LayerKind.STATE:
                 raise RangeError(f"layer {i} holds a state, which has no tokens to slice")
             first, last = self.layer_tokens(i)
-            a, b = max(start, first), max(min(stop, last), max(start, first))
+            a = min(max(start, first), stop)  # a range before the window holds none of its tokens
+            b = max(min(stop, last), a)
             tensors = {n: t[a - first : b - first] for n, t in layer.tensors.items()}
             tokens = None if (a, b) == (start, stop) else (a - start, b - start)
             scales = {
