@@ -46,7 +46,7 @@ lint: $(STAMPS)/installed  ## ruff and mypy --strict
 	@find build/typing/cachegen -type l -delete
 	@ln -sfn $(abspath $(wildcard cachegen/*.py cachegen/py.typed cachegen/*/)) build/typing/cachegen/
 	@ln -sfn $(abspath streaming codec_cuda evaluation) build/typing/cachegen/
-	@MYPYPATH=build/typing $(BIN)/mypy --strict build/typing/cachegen
+	@$(BIN)/mypy --strict build/typing/cachegen
 
 format: $(STAMPS)/installed  ## rewrite the sources in the project's layout
 	@$(BIN)/ruff check --fix .
