@@ -227,6 +227,11 @@ class TestVersions:
         with pytest.raises(VersionError, match="colour"):
             ObjectReader(forge(JSON | {"colour": 1, "must": ["colour"]}))
 
+    @pytest.mark.parametrize("must", [None, 1, "spec", [1], [[1]], [{"a": 1}], [1, "x"], ["spec", "spec"], ["a"] * 17])
+    def test_must_lists_names(self, must):
+        with pytest.raises(FormatError):
+            ObjectReader(forge(JSON | {"must": must}))
+
     def test_reserved_bytes(self):
         with pytest.raises(FormatError):
             ObjectReader(forge(reserved=1))
@@ -453,6 +458,27 @@ class TestGroupBombs:
         text = edited(["groups"], [self.runs([0, 2, 1], [part] * 4)] * 4)
         with pytest.raises(FormatError, match="groups"):
             ObjectReader(forge(text))
+
+    def test_few_bytes_that_stand_for_half_a_million_groups(self):
+        text = edited(["spec", "layers", 0, "count"], 1024)
+        text["groups"] = [self.runs([0, 1024, 1], [{"heads": [0, 0], "names": ["k"]}] * 500)]
+        raw = forge(text, entries=bytes(8 * 2 * 600), payload=b"", groups=600)
+        tracemalloc.start()
+        try:
+            with pytest.raises(FormatError, match="groups"):
+                ObjectReader(raw)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize(
+        "layers", [[0, 2, 0], [0, 2, 3], [1, 1, 1], [2, 0, 1], [0, 0, 0], [0, 2], [0, 3, 1]], ids=str
+    )
+    def test_layer_ranges_that_are_none(self, layers):
+        part = [{"heads": [0, 2], "names": ["k"]}, {"heads": [0, 2], "names": ["v"]}]
+        assert ObjectReader(forge(edited(["groups"], [self.runs([0, 2, 1], part)]))).header == HEADER
+        with pytest.raises(FormatError, match="layers"):
+            ObjectReader(forge(edited(["groups"], [self.runs(layers, part)])))
 
     def test_fewer_groups_than_the_prelude_says(self):
         raw = forge(entries=ENTRIES + struct.pack("<II", 0, 0) * 2, groups=5)
