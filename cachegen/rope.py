@@ -30,6 +30,8 @@ from .errors import FormatError, LimitExceeded, PositionError, ShapeError, Unsup
 
 MAX_ROTARY_DIM = 4096
 MAX_SWITCH = 1 << 40
+MAX_SCALING = 1 << 20
+MAX_FREQUENCY = 1 << 10
 BLOCK = 256
 """Tokens rotated at once: keeps temporaries and each cached table small (128 KB at 128 rotary dims)."""
 
@@ -102,8 +104,9 @@ class Rope:
         if dim % 2:
             raise FormatError(f"rope: dim must be even; got {dim}")
         scaling = data.get("scaling")
-        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
-            raise FormatError(f"rope: scaling must be a positive finite number; got {scaling!r}")
+        usable = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        if not usable or not 1 / MAX_SCALING <= scaling <= MAX_SCALING:  # type: ignore[operator]
+            raise FormatError(f"rope: scaling must be a number within 1/{MAX_SCALING}..{MAX_SCALING}; got {scaling!r}")
         interleaved, kind = data.get("interleaved", False), data.get("kind")
         if not isinstance(interleaved, bool):
             raise FormatError(f"rope: interleaved must be true or false; got {interleaved!r}")
@@ -150,8 +153,8 @@ def _unpack(text: Any, name: str, count: int) -> tuple[float, ...]:
     if len(raw) != count * 4:
         raise FormatError(f"rope: {name} must hold {count} fp32 numbers; got {len(raw)} bytes")
     values = np.frombuffer(raw, dtype="<f4")
-    if not np.isfinite(values).all():
-        raise FormatError(f"rope: {name} must be finite")
+    if not (np.abs(values) <= MAX_FREQUENCY).all():  # NaN isn't either
+        raise FormatError(f"rope: {name} must hold numbers of at most {MAX_FREQUENCY}")
     return tuple(float(v) for v in values)
 
 
