@@ -91,8 +91,15 @@ class ChannelMap:
     @cached_property
     def total(self) -> int:
         """Channels of the model."""
-        taken = [layer for layer in self.spec.layers if layer.kind in CacheGen.kinds]
-        return sum(layer.kv_heads * layer.dim(name) for layer in taken for name in layer.names)
+        return len(self.layer_of())
+
+    def layer_of(self) -> NDArray[np.int64]:
+        """Layer of each channel."""
+        widths = [
+            sum(layer.kv_heads * layer.dim(name) for name in starts)
+            for layer, starts in zip(self.spec.layers, self.starts, strict=True)
+        ]
+        return np.repeat(np.arange(self.spec.num_layers), widths)
 
     def channels(self, group: Group) -> NDArray[np.int64]:
         """Indices of a group's channels, in the order of its matrices' components."""
@@ -141,7 +148,7 @@ class Model:
         self.unit = _positive(profile, "unit", count)
         deviation = _positive(profile, "deviation", count)
         by_layer = torch.tensor(layer_bins(profile.spec.num_layers, bins), dtype=torch.float32)
-        bin_of = by_layer[torch.from_numpy(self._layer_of_channel())]
+        bin_of = by_layer[torch.from_numpy(self.map.layer_of())]
         anchor_tables = profile.array("anchor_tables", "U8", (len(scales), count))
         delta_tables = profile.array("delta_tables", "U8", (len(scales), count))
         self.levels: list[Level] = []
@@ -159,14 +166,6 @@ class Model:
                     raise ProfileMismatch(f"profile: level {q} names table {int(ids.max())} of {bank.tables}")
             self.levels.append(level)
         self.ladder = {rung.level: rung.kl for rung in profile.ladder}
-
-    def _layer_of_channel(self) -> NDArray[np.int64]:
-        spec = self.map.spec
-        widths = [
-            sum(layer.kv_heads * layer.dim(name) for name in layer.names) if layer.kind in CacheGen.kinds else 0
-            for layer in spec.layers
-        ]
-        return np.repeat(np.arange(spec.num_layers), widths)
 
 
 @dataclass(frozen=True)
@@ -240,12 +239,7 @@ class CacheGen(ChunkCodec):
 
     def groups(self, spec: KVSpec, head_range: tuple[int, int]) -> list[Group]:
         """One group a layer, K and V together: layers decode apart, and a 256-token chunk's streams are long enough."""
-        found = []
-        for i, layer in enumerate(spec.layers):
-            heads = (min(head_range[0], layer.kv_heads), min(head_range[1], layer.kv_heads))
-            if layer.kind in self.kinds and heads[0] < heads[1]:
-                found.append(Group((i, i + 1), heads, layer.names))
-        return found
+        return layer_groups(spec, head_range)
 
     # ------------------------------------------------------------------ encode
     def encode(self, chunk: KVChunk, groups: Sequence[Group], level: int, threads: int) -> EncodedGroups:
@@ -259,7 +253,7 @@ class CacheGen(ChunkCodec):
     def _encode(self, chunk: KVChunk, groups: Sequence[Group], level: int, threads: int) -> list[bytes]:
         length = self.options.group_length
         plans = [self._plan(chunk.spec, chunk.num_tokens, group, level) for group in groups]
-        rows = [_rows(chunk, group) for group in groups]
+        rows = [group_rows(chunk, group) for group in groups]
         references, anchor_streams = self._encode_anchors(rows, plans, threads)
         values, scales = [], []
         for x, plan, reference in zip(rows, plans, references, strict=True):
@@ -421,8 +415,18 @@ class CacheGen(ChunkCodec):
             yield batch
 
 
-def _rows(chunk: KVChunk, group: Group) -> Tensor:
-    """A group's values, fp32 [tokens, components]."""
+def layer_groups(spec: KVSpec, head_range: tuple[int, int]) -> list[Group]:
+    """A group for each layer's k and v, with the heads of a range that the layer has."""
+    found = []
+    for i, layer in enumerate(spec.layers):
+        heads = (min(head_range[0], layer.kv_heads), min(head_range[1], layer.kv_heads))
+        if layer.kind in CacheGen.kinds and heads[0] < heads[1]:
+            found.append(Group((i, i + 1), heads, layer.names))
+    return found
+
+
+def group_rows(chunk: KVChunk, group: Group) -> Tensor:
+    """A group's values, fp32 [tokens, components]: channels of k, then of v, head by head."""
     layer, (first, last) = group.layers[0], group.heads
     start = min(chunk.heads[0], chunk.spec.layers[layer].kv_heads)
     tensors = [chunk.layers[layer].tensors[name][:, first - start : last - start] for name in group.names]
