@@ -104,8 +104,9 @@ class Rope:
         if dim % 2:
             raise FormatError(f"rope: dim must be even; got {dim}")
         scaling = data.get("scaling")
-        usable = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-        if not usable or not 1 / MAX_SCALING <= scaling <= MAX_SCALING:  # type: ignore[operator]
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+            raise FormatError(f"rope: scaling must be a number; got {scaling!r}")
+        if not 1 / MAX_SCALING <= scaling <= MAX_SCALING:
             raise FormatError(f"rope: scaling must be a number within 1/{MAX_SCALING}..{MAX_SCALING}; got {scaling!r}")
         interleaved, kind = data.get("interleaved", False), data.get("kind")
         if not isinstance(interleaved, bool):
