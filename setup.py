@@ -23,8 +23,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "cachegen" / "native"
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-LDFLAGS = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"}
+LDFLAGS = ["-shared", "-pthread", f"-Wl,--version-script={NATIVE / 'exports.map'}"]
+SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libstdc++.so.6", "libgcc_s.so.1"}
+# PEP 600's promise for C++: the newest symbols of libstdc++ (GLIBCXX_3.4.x, CXXABI_1.3.x) of systems with glibc 2.y.
+CXX_OF_GLIBC = {17: (19, 7), 24: (22, 10), 28: (24, 11), 31: (28, 12), 34: (29, 13), 35: (30, 13), 39: (33, 15)}
 
 
 class BuildNative(build_ext):
@@ -105,22 +107,28 @@ class NativeWheel(bdist_wheel):
 
 
 def glibc_needed(library: Path) -> tuple[int, int] | None:
-    """The newest glibc that `library` has symbols of (PEP 600), or None if that can't be promised.
+    """The oldest glibc whose systems can load `library` (PEP 600), or None if that can't be promised.
 
-    It can't where the library needs others than the system's own, or where binutils isn't there to ask.
+    libstdc++ is not linked in: torch needs the system's anyway, and its code in here would ask for a newer glibc. No
+    promise where the library needs more than the system's own, or where binutils isn't there to ask.
     """
     if shutil.which("objdump") is None:
         return None
     told = subprocess.run(["objdump", "-p", str(library)], check=True, capture_output=True, text=True).stdout
     if not set(re.findall(r"NEEDED\s+(\S+)", told)) <= SYSTEM_LIBRARIES:
         return None
-    versions = {(int(major), int(minor)) for major, minor in re.findall(r"\bGLIBC_(\d+)\.(\d+)", told)}
-    return max(versions | {(2, 17)})
+
+    def newest(prefix: str) -> int:
+        return max(map(int, re.findall(rf"\b{re.escape(prefix)}(\d+)", told)), default=0)
+
+    glibcxx, cxxabi = newest("GLIBCXX_3.4."), newest("CXXABI_1.3.")
+    for_cxx = [glibc for glibc, (x, abi) in CXX_OF_GLIBC.items() if glibcxx <= x and cxxabi <= abi]
+    return (2, max(newest("GLIBC_2."), for_cxx[0])) if for_cxx else None
 
 
 # Relative paths: setuptools writes them into the sdist's manifest.
 sources = sorted(str(path.relative_to(ROOT)) for path in NATIVE.glob("*.cpp"))
-depends = sorted(str(path.relative_to(ROOT)) for path in NATIVE.glob("*.h"))
+depends = sorted(str(path.relative_to(ROOT)) for path in [*NATIVE.glob("*.h"), NATIVE / "exports.map"])
 os.chdir(ROOT)
 setup(
     cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
