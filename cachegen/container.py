@@ -167,6 +167,8 @@ def write_object(header: ObjectHeader, segments: Sequence[Sequence[bytes]]) -> b
     would refuse), CapacityError (beyond a limit).
     """
     levels = len(header.losses)
+    if not 1 <= levels <= MAX_LEVELS:
+        raise InputError(f"losses: expected one for each of 1..{MAX_LEVELS} levels; got {levels}")
     if len(segments) != len(header.groups) or max(map(len, segments), default=0) > levels:
         raise InputError(
             f"segments: expected one list for each of {len(header.groups)} groups, of at most {levels} levels (one per "
@@ -206,10 +208,6 @@ def _head(text: bytes, tokens: bytes, index: NDArray[Any], levels: int, shift: i
         tokens_crc=crc32c(tokens),
         index_crc=crc32c(entries),
     )
-    if prelude.head + payload > MAX_OBJECT or prelude.head > MAX_HEAD:
-        raise CapacityError(
-            f"object: expected a head within {MAX_HEAD} bytes and all within {MAX_OBJECT}; it is larger"
-        )
     prelude = replace(prelude, total=prelude.head + payload)
     body = b"".join((prelude.pack(), text, tokens, entries))
     return body + bytes(prelude.head - len(body))
@@ -228,13 +226,12 @@ def _check_readable(head: bytes, header: ObjectHeader) -> None:
 def trim(data: bytes | bytearray | memoryview, level: int) -> bytes:
     """The object cut to levels 0..level of its index: an object again. Raises LevelError, FormatError kinds."""
     reader = ObjectReader(data)
-    if not 0 <= level < reader.num_levels:
-        raise LevelError(f"level: the object has 0..{reader.num_levels - 1}; got {level}")
+    kept_bytes = ByteRange(reader.head_size, reader.level_size(level))
     header = replace(reader.header, losses=reader.header.losses[: level + 1])
     kept = reader.index[: (level + 1) * len(header.groups)]
     tokens = b"" if header.token_ids is None else token_block.pack(header.token_ids)
     head = _head(header_json(header), tokens, kept, level + 1, reader.shift)
-    return b"".join((head, reader.bytes_of(ByteRange(reader.head_size, reader.level_size(level)))))
+    return b"".join((head, reader.bytes_of(kept_bytes)))
 
 
 def verify(data: bytes | bytearray | memoryview) -> None:

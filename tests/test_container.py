@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +24,7 @@ from cachegen.container import (
     write_object,
 )
 from cachegen.errors import (
+    CapacityError,
     ChecksumError,
     FormatError,
     InputError,
@@ -283,10 +285,19 @@ class TestRefusals:
         with pytest.raises(InputError):
             write_object(header, [[b"x"] for _ in header.groups])
 
-    def test_too_many_levels(self):
-        header = tiny(losses=tuple(LevelLoss(q) for q in range(17)))
+    @pytest.mark.parametrize("levels", [17, 300])
+    def test_too_many_levels(self, levels):
+        header = tiny(losses=tuple(LevelLoss(q) for q in range(levels)))
         with pytest.raises(InputError, match="16"):
             write_object(header, [[b"x"]] * 4)
+
+    def test_a_header_of_other_types(self):
+        with pytest.raises(InputError, match="survive"):
+            write_object(tiny(positions=[[0, 40]]), [[b"x"]] * 4)
+
+    def test_a_segment_beyond_32_bits(self):
+        with mmap.mmap(-1, 1 << 32) as untouched, pytest.raises(CapacityError, match="smaller chunks"):
+            write_object(tiny(), [[untouched], [b"x"], [b"x"], [b"x"]])
 
     def test_segments_of_another_shape(self):
         with pytest.raises(InputError, match="4 groups"):
@@ -434,8 +445,10 @@ class TestTrim:
             trim(raw[: size - 16], 0)
 
     def test_no_such_level(self):
-        with pytest.raises(LevelError):
-            trim(write_object(tiny(), [[b"x"]] * 4), 1)
+        raw = write_object(tiny(), [[b"x"]] * 4)
+        for level in (1, -1):
+            with pytest.raises(LevelError):
+                trim(raw, level)
 
 
 class TestTokenBlock:

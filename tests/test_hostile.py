@@ -274,6 +274,13 @@ class TestSizes:
         finally:
             tracemalloc.stop()
 
+    @pytest.mark.parametrize(
+        "entries", [ENTRIES[:-1], ENTRIES[:-8], ENTRIES + bytes(3), ENTRIES + bytes(8), b""], ids=len
+    )
+    def test_an_index_of_other_length(self, entries):
+        with pytest.raises(FormatError, match="8 bytes a level and group"):
+            ObjectReader(forge(entries=entries))
+
     def test_segments_longer_than_the_object(self):
         huge = struct.pack("<II", 2**32 - 1, 0) * 8
         with pytest.raises(FormatError, match="index"):
