@@ -1,0 +1,402 @@
+"""Bands of the `channel` codec: a run of tokens of one layer, as bytes and back. Normative: docs/format-channel.md."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..entropy import rans
+from ..entropy.tables import (
+    BUILTIN_ROUNDING,
+    BUILTIN_SHAPES,
+    BUILTIN_TABLES,
+    TableBank,
+    builtin_bank,
+    builtin_index,
+)
+from ..errors import CacheGenError, CapacityError, CorruptStream
+from ..rope import Rope, rotate
+from ..transforms.channel import BLOCK, FINE_WEIGHT, TokenOrder, natural_order, order_tokens, quantise, reference
+from .base import ChunkInfo, GroupSegments, Targets
+
+CHANNELS, UNCENTRED, HEADS, RAW = range(4)
+"""Modes: mean and table a channel; a table a channel; a table a head; numbers as they are."""
+BAND = 480
+"""Tokens of a band, at most: 15 blocks, so that a token's block fits four bits beside the outliers'."""
+BAND_ELEMENTS = 1 << 19
+MEAN_STEPS = 8
+"""Means are multiples of step / 8."""
+_SHORT = 64  # tokens; shorter bands try every mode
+_CENTRE = BUILTIN_TABLES  # first table of the middle shape, which side information is coded with
+
+
+@cache
+def bank() -> TableBank:
+    """The built-in tables of all shapes: table = shape * 68 + scale index."""
+    banks = [builtin_bank(shape) for shape in BUILTIN_SHAPES]
+    return TableBank(
+        np.concatenate([b.freqs for b in banks]),
+        banks[0].offset,
+        np.concatenate([b.low_bits for b in banks]),
+        banks[0].escape,
+        np.concatenate([b.recon for b in banks]),
+        banks[0].escape_bias,
+    )
+
+
+def band_edges(tokens: int, key_channels: int) -> Iterator[tuple[int, int]]:
+    """Token ranges of a layer's bands: even parts of at most 480 tokens and 2^19 numbers of K, multiples of 32."""
+    most = max(BLOCK, min(BAND, BAND_ELEMENTS // max(1, key_channels) // BLOCK * BLOCK))
+    count = -(-tokens // most)
+    size = -(-tokens // max(1, count * BLOCK)) * BLOCK
+    for start in range(0, tokens, max(1, size)):
+        yield start, min(tokens, start + size)
+
+
+@dataclass
+class _Side:
+    """A tensor's side information.
+
+    Attributes:
+        step: the quantiser's step at weight 0, an fp32 number.
+        shape, index: int64 [channels], the channel's table: density and scale index at weight 0.
+        mean: int64 [channels], in eighths of a step; None where values are coded about zero.
+    """
+
+    step: float
+    shape: NDArray[np.int64]
+    index: NDArray[np.int64]
+    mean: NDArray[np.int64] | None
+
+    def tables(self, weights: Sequence[int]) -> NDArray[np.uint16]:
+        """Table ids [blocks, channels], or [channels] where all blocks have one weight."""
+        shift = 2 * np.array(weights if len(set(weights)) > 1 else weights[:1], dtype=np.int64)
+        index = np.clip(self.index + shift[:, None], 0, BUILTIN_TABLES - 1)
+        ids: NDArray[np.uint16] = (self.shape * BUILTIN_TABLES + index).astype(np.uint16)
+        return ids if len(shift) > 1 else ids[0]
+
+    def bias(self) -> NDArray[np.float32] | None:
+        if self.mean is None:
+            return None
+        return (self.mean * (self.step / MEAN_STEPS)).astype(np.float32)
+
+    def dequant(self, weights: Sequence[int]) -> rans.Dequant:
+        channels = len(self.index)
+        scales = np.array([block_step(self.step, w) for w in weights], dtype=np.float32)
+        if len(set(weights)) == 1:
+            scale = torch.full((channels,), float(scales[0]))
+        else:
+            scale = torch.from_numpy(scales)[:, None].expand(-1, channels).contiguous()
+        bias = self.bias()
+        return rans.Dequant(scale, None, None if bias is None else torch.from_numpy(bias))
+
+
+def block_step(step: float, weight: int) -> float:
+    """The step of a block of this weight: step * 2^(-weight / 2), in double precision, rounded to fp32."""
+    return float(np.float32(step * 2.0 ** (-weight / 2)))
+
+
+# ---------------------------------------------------------------------- writing
+def encode_band(
+    keys: Tensor, values: Tensor, steps: tuple[float, float], dtype: torch.dtype, starts_context: bool
+) -> bytes:
+    """A band as bytes.
+
+    Args:
+        keys, values: float32 [tokens, heads, dim], keys before RoPE.
+        steps: of keys and values, in typical deviations.
+        dtype: of the cache: what numbers are stored as where coding doesn't pay.
+        starts_context: the band's first token is a context's first.
+    Raises:
+        CapacityError: numbers too far apart for the quantiser's integers.
+    """
+    tokens = int(keys.shape[0])
+    order = order_tokens(keys, starts_context)
+    raw = _raw(keys, values, dtype)
+    best: bytes | None = None
+    failed: CacheGenError | None = None
+    for mode in (CHANNELS, UNCENTRED, HEADS) if tokens < _SHORT else (CHANNELS,):
+        try:
+            coded = _encode(mode, (keys, values), steps, order)
+        except CapacityError as error:
+            failed = error
+            continue
+        if best is None or len(coded) < len(best):
+            best = coded
+    if best is None and failed is not None:
+        raise failed
+    return best if best is not None and (raw is None or len(best) < len(raw)) else raw  # type: ignore[return-value]
+
+
+def _raw(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bytes | None:
+    """The numbers as they are; None if un-rotated keys overflow the dtype."""
+    stored = [tensor.to(dtype) for tensor in (keys, values)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored):
+        return None
+    return bytes([RAW]) + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in stored)
+
+
+def _encode(mode: int, tensors: Sequence[Tensor], steps: Sequence[float], order: TokenOrder) -> bytes:
+    sides: list[_Side] = []
+    matrices: list[Tensor] = []
+    specs: list[rans.MatrixSpec] = []
+    for tensor, relative in zip(tensors, steps, strict=True):
+        rows = tensor.flatten(1)[order.order]
+        main = rows[order.fine :]
+        step = float(np.float32(relative * reference(main)))
+        side = _measure(mode, main, step, int(tensor.shape[1]))
+        bias = side.bias()
+        centred = rows if bias is None else rows - torch.from_numpy(bias)
+        for start, stop, weights in _matrices(order, len(rows)):
+            steps_of = torch.tensor([block_step(step, w) for w in weights])
+            per_token = steps_of.repeat_interleave(BLOCK)[: stop - start, None]
+            matrices.append(quantise(centred[start:stop], per_token, BUILTIN_ROUNDING))
+            specs.append(rans.MatrixSpec(stop - start, rows.shape[1], bank(), side.tables(weights)))
+        sides.append(side)
+    streams = rans.encode(matrices, specs)
+    head = [struct.pack("<BBB2f", mode, order.fine, not order.natural, *(side.step for side in sides))]
+    if not order.natural:
+        head += [struct.pack(f"<{len(order.weights)}b", *order.weights), _pack_classes(order)]
+    heads = [int(tensor.shape[1]) for tensor in tensors]
+    return b"".join([*head, _pack_sides(mode, sides, heads), *(struct.pack("<I", len(s)) for s in streams), *streams])
+
+
+def _matrices(order: TokenOrder, tokens: int) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(first rank, end, block weights) of a tensor's matrices: outliers, if any, then the rest."""
+    parts: list[tuple[int, int, tuple[int, ...]]] = [(0, order.fine, (FINE_WEIGHT,))] if order.fine else []
+    return [*parts, (order.fine, tokens, order.weights)]
+
+
+def _measure(mode: int, rows: Tensor, step: float, heads: int) -> _Side:
+    """Side information from a tensor's rows, in rank order and without outliers."""
+    scaled = rows.double() / step
+    mean: NDArray[np.int64] | None = None
+    if mode == CHANNELS:
+        mean = torch.round(scaled.mean(0) * MEAN_STEPS).to(torch.int64).numpy()
+        scaled = scaled - torch.from_numpy(mean) / MEAN_STEPS
+    squares, sizes = scaled.square().mean(0), scaled.abs().mean(0)
+    if mode == HEADS:
+        squares = squares.view(heads, -1).mean(1, keepdim=True).expand(-1, rows.shape[1] // heads).flatten()
+        sizes = sizes.view(heads, -1).mean(1, keepdim=True).expand(-1, rows.shape[1] // heads).flatten()
+    deviation = squares.sqrt()
+    # E|x| / deviation: .707 for Laplace, .76 for shape 1.4, .798 for Gaussian
+    peakedness = sizes / deviation.clamp_min(1e-30)
+    shape = (peakedness > 0.735).long() + (peakedness > 0.78).long()
+    return _Side(step, shape.numpy(), builtin_index(deviation.numpy()).astype(np.int64), mean)
+
+
+def _pack_classes(order: TokenOrder) -> bytes:
+    """Four bits a token: 0 for outliers, else 1 + its block."""
+    classes = np.zeros(len(order.order) + 1 & ~1, dtype=np.uint8)
+    ranks = np.arange(len(order.order))
+    classes[order.order.numpy()] = np.where(ranks < order.fine, 0, (ranks - order.fine) // BLOCK + 1)
+    return (classes[::2] | classes[1::2] << 4).astype(np.uint8).tobytes()
+
+
+def _pack_sides(mode: int, sides: Sequence[_Side], heads: Sequence[int]) -> bytes:
+    if mode == HEADS:
+        tables = [(s.shape * BUILTIN_TABLES + s.index)[:: len(s.index) // h] for s, h in zip(sides, heads, strict=True)]
+        return np.concatenate(tables).astype(np.uint8).tobytes()
+    head: list[int] = []
+    columns: list[NDArray[np.int64]] = []
+    ids: list[NDArray[np.uint16]] = []
+    for side in sides:
+        for values in (side.index, side.shape, side.mean):
+            if values is None:
+                continue
+            centre = 0 if values is side.mean else round(float(np.median(values)))
+            columns.append(values - centre)
+            # A quarter octave wider than measured: few numbers, and an escape costs 16 bits.
+            scale = int(builtin_index(math.sqrt(float((columns[-1].astype(np.float64) ** 2).mean()) + 0.05))) + 1
+            ids.append(np.full(len(values), _CENTRE + min(scale, BUILTIN_TABLES - 1), dtype=np.uint16))
+            head += [centre, min(scale, BUILTIN_TABLES - 1)]
+    row = np.concatenate(columns)
+    if np.abs(row).max() >= 1 << 26:
+        raise CapacityError("channel: a mean is too far from zero for its step")
+    spec = rans.MatrixSpec(1, len(row), bank(), np.concatenate(ids))
+    (stream,) = rans.encode([torch.from_numpy(row.astype(np.int32))[None]], [spec])
+    return struct.pack(f"<{len(head)}BI", *head, len(stream)) + stream
+
+
+# ---------------------------------------------------------------------- reading
+@dataclass
+class Band:
+    """A band with its bytes, checked as far as they can be without decoding.
+
+    Attributes:
+        keys, values: the targets' rows, [tokens, heads, dim].
+        positions: int64 [tokens] to rotate keys to.
+        data, specs, dequants: the coded matrices of keys, then values.
+        raw: numbers as they are, instead of coded matrices.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    rope: Rope | None
+    order: TokenOrder
+    data: list[memoryview] = field(default_factory=list)
+    specs: list[rans.MatrixSpec] = field(default_factory=list)
+    dequants: list[rans.Dequant] = field(default_factory=list)
+    raw: memoryview | None = None
+
+    @property
+    def elements(self) -> int:
+        return self.keys.numel() + self.values.numel()
+
+
+class _Cursor:
+    """Reads a segment front to back; every read is checked against what is left."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = memoryview(data).cast("B")
+        self.at = 0
+
+    def take(self, n: int) -> memoryview:
+        if n > len(self.data) - self.at:
+            raise CorruptStream(
+                f"channel: expected {n} more bytes at {self.at} of the segment; {len(self.data) - self.at} are left"
+            )
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def bytes(self, n: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self.take(n), dtype=np.uint8)
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise CorruptStream(f"channel: {len(self.data) - self.at} bytes are left over at the segment's end")
+
+
+def read_segment(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Iterator[Band]:
+    """The bands of a group's segment."""
+    cursor = _Cursor(part.segments[0])
+    first, last = part.group.tokens or (0, info.num_tokens)
+    for layer in range(*part.group.layers):
+        keys, values = targets[layer, "k"], targets[layer, "v"]
+        rope = info.spec.layers[layer].rope
+        for start, stop in band_edges(last - first, keys.shape[1] * keys.shape[2]):
+            positions = info.positions[first + start : first + stop]
+            yield _read_band(cursor, keys[start:stop], values[start:stop], positions, rope)
+    cursor.end()
+
+
+def _read_band(cursor: _Cursor, keys: Tensor, values: Tensor, positions: Tensor, rope: Rope | None) -> Band:
+    tokens = int(keys.shape[0])
+    (mode,) = cursor.take(1)
+    if mode == RAW:
+        size = (keys.numel() + values.numel()) * keys.element_size()
+        return Band(keys, values, positions, rope, natural_order(tokens), raw=cursor.take(size))
+    if mode not in (CHANNELS, UNCENTRED, HEADS):
+        raise CorruptStream(f"channel: expected a mode of 0..3; got {mode}")
+    fine, ordered, *steps = struct.unpack("<BB2f", cursor.take(10))
+    if not all(2.0**-126 <= step < 2.0**100 for step in steps):
+        raise CorruptStream(f"channel: steps must be within 2^-126..2^100; got {steps}")
+    order = _read_order(cursor, tokens, fine, ordered)
+    band = Band(keys, values, positions, rope, order)
+    sides = _read_sides(cursor, mode, steps, (keys, values))
+    for side in sides:
+        for start, stop, weights in _matrices(order, tokens):
+            band.specs.append(rans.MatrixSpec(stop - start, len(side.index), bank(), side.tables(weights)))
+            band.dequants.append(side.dequant(weights))
+    sizes = struct.unpack(f"<{len(band.specs)}I", cursor.take(4 * len(band.specs)))
+    band.data = [cursor.take(size) for size in sizes]
+    return band
+
+
+def _read_order(cursor: _Cursor, tokens: int, fine: int, ordered: int) -> TokenOrder:
+    if ordered > 1 or (fine and not ordered) or fine > min(BLOCK, tokens - 1):
+        raise CorruptStream(f"channel: {fine} outliers of {tokens} tokens, order flag {ordered}")
+    if not ordered:
+        return natural_order(tokens)
+    blocks = -(-(tokens - fine) // BLOCK)
+    weights = struct.unpack(f"<{blocks}b", cursor.take(blocks))
+    packed = cursor.bytes(-(-tokens // 2))
+    classes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
+    if max(map(abs, weights)) > 2 * FINE_WEIGHT or classes[tokens:].any():
+        raise CorruptStream("channel: a block's weight is beyond 16 half octaves, or padding isn't zero")
+    classes = classes[:tokens]
+    counts = np.bincount(classes, minlength=blocks + 1)
+    expected = [fine, *(min(BLOCK, tokens - fine - BLOCK * b) for b in range(blocks))]
+    if len(counts) != len(expected) or (counts != expected).any():
+        raise CorruptStream("channel: the blocks don't hold the tokens that they must")
+    return TokenOrder(torch.from_numpy(np.argsort(classes, kind="stable")), fine, weights)
+
+
+def _read_sides(cursor: _Cursor, mode: int, steps: Sequence[float], tensors: Sequence[Tensor]) -> list[_Side]:
+    channels = [int(t.shape[1] * t.shape[2]) for t in tensors]
+    if mode == HEADS:
+        sides = []
+        for tensor, step in zip(tensors, steps, strict=True):
+            table = np.repeat(cursor.bytes(tensor.shape[1]).astype(np.int64), tensor.shape[2])
+            sides.append(_checked(_Side(step, table // BUILTIN_TABLES, table % BUILTIN_TABLES, None)))
+        return sides
+    kinds = 3 if mode == CHANNELS else 2
+    head = cursor.bytes(4 * kinds).reshape(2, kinds, 2).astype(np.int64)
+    (size,) = struct.unpack("<I", cursor.take(4))
+    if (head[:, :, 1] >= BUILTIN_TABLES).any():
+        raise CorruptStream("channel: side information names a table that doesn't exist")
+    ids = np.repeat(_CENTRE + head[:, :, 1].ravel(), np.repeat(channels, kinds)).astype(np.uint16)
+    row = torch.empty(1, kinds * sum(channels), dtype=torch.int32)
+    spec = rans.MatrixSpec(1, row.shape[1], bank(), ids)
+    rans.decode([cursor.take(size)], [spec], [row])
+    numbers, at, sides = row[0].numpy().astype(np.int64), 0, []
+    for n, step, rows in zip(channels, steps, head, strict=True):
+        parts = [numbers[at + i * n : at + (i + 1) * n] + rows[i, 0] for i in range(kinds)]
+        sides.append(_checked(_Side(step, parts[1], parts[0], parts[2] if kinds == 3 else None)))
+        at += kinds * n
+    return sides
+
+
+def _checked(side: _Side) -> _Side:
+    bad_shape = (side.shape < 0) | (side.shape >= len(BUILTIN_SHAPES))
+    bad_index = (side.index < 0) | (side.index >= BUILTIN_TABLES)
+    if bad_shape.any() or bad_index.any():
+        raise CorruptStream("channel: side information names a table that doesn't exist")
+    return side
+
+
+def decode_bands(bands: Sequence[Band]) -> None:
+    """Decode bands into their targets."""
+    data: list[memoryview] = []
+    specs: list[rans.MatrixSpec] = []
+    dequants: list[rans.Dequant] = []
+    out: list[Tensor] = []
+    ranked: list[tuple[Band, Tensor, Tensor]] = []
+    for band in bands:
+        if band.raw is not None:
+            _decode_raw(band)
+            continue
+        keys = torch.empty(band.keys.shape, dtype=torch.float32)
+        values = band.values if band.order.natural else torch.empty(band.values.shape, dtype=band.values.dtype)
+        for tensor in (keys, values):
+            out += [tensor[start:stop] for start, stop, _ in _matrices(band.order, len(keys))]
+        data += band.data
+        specs += band.specs
+        dequants += band.dequants
+        ranked.append((band, keys, values))
+    rans.decode_dequant(data, specs, dequants, out)
+    for band, keys, values in ranked:
+        order = band.order.order
+        if band.order.natural:
+            rotate(keys, band.positions, band.rope, out=band.keys)
+            continue
+        rotate(keys, band.positions[order], band.rope, out=keys)
+        band.keys.index_copy_(0, order, keys.to(band.keys.dtype))
+        band.values.index_copy_(0, order, values)
+
+
+def _decode_raw(band: Band) -> None:
+    assert band.raw is not None
+    numbers = torch.frombuffer(bytearray(band.raw), dtype=band.keys.dtype)
+    keys, values = numbers.split([band.keys.numel(), band.values.numel()])
+    rotate(keys.view(band.keys.shape), band.positions, band.rope, out=band.keys)
+    band.values.copy_(values.view(band.values.shape))
