@@ -133,6 +133,7 @@ void share(size_t count, int threads, const Work &work) {
 const cg::Coder *coder_of(int isa) {
   if (isa < 0 || isa > cg_isa_best()) return nullptr;
 #if defined(__x86_64__)
+  if (isa == CG_ISA_AVX512) return &cg::kAvx512Coder;
 #endif
   return &cg::kScalarCoder;
 }
