@@ -302,9 +302,9 @@ class Codec:
             positions=whole,
             token_ids=None if ids is None else torch.tensor(ids, dtype=torch.int64),
             previous_ids=header.previous_ids,
-            level=top,
+            level=header.losses[top].level,
         )
-        self._decode_groups(reader, chosen, select, info, stored, out, threads or self.threads)
+        self._decode_groups(reader, chosen, top, select, info, stored, out, threads or self.threads)
         return out
 
     def check_object(self, header: ObjectHeader) -> None:
@@ -361,6 +361,7 @@ class Codec:
         self,
         reader: ObjectReader,
         chosen: list[int],
+        top: int,
         select: Selection,
         info: ChunkInfo,
         stored: Tensor,
@@ -376,7 +377,7 @@ class Codec:
                 group = header.groups[i]
                 if group.codec != index or is_empty(group):
                     continue
-                part = GroupSegments(group, [reader.segment(q, i) for q in range(info.level + 1)])
+                part = GroupSegments(group, [reader.segment(q, i) for q in range(top + 1)])
                 views = select.direct_targets(group, out, info)
                 if views is not None and not (coder.exact and header.spec.dtype in FP8):
                     direct.append(part)
