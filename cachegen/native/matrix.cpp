@@ -134,6 +134,7 @@ const cg::Coder *coder_of(int isa) {
   if (isa < 0 || isa > cg_isa_best()) return nullptr;
 #if defined(__x86_64__)
   if (isa == CG_ISA_AVX512) return &cg::kAvx512Coder;
+  if (isa == CG_ISA_AVX2) return &cg::kAvx2Coder;
 #endif
   return &cg::kScalarCoder;
 }
