@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DeviceError, DtypeError, FingerprintMismatch, LayoutError, RangeError, ShapeError
+from .errors import (
+    DeviceError,
+    DtypeError,
+    FingerprintMismatch,
+    FormatError,
+    InputError,
+    LayoutError,
+    LimitExceeded,
+    RangeError,
+    ShapeError,
+)
 from .rope import Rope
 
 DTYPES: dict[str, torch.dtype] = {
@@ -149,24 +159,27 @@ class KVSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KVSpec:
-        """Inverse of `to_json`. Raises InputError kinds on nonsense; sizes are bounded by MAX_LAYERS."""
+        """Inverse of `to_json`, for data that may be hostile; sizes are bounded by MAX_LAYERS, MAX_HEADS and MAX_DIM.
+
+        Raises:
+            LimitExceeded: a size beyond those bounds; nothing was allocated for it.
+            FormatError: anything else that no writer of this format makes.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("layers"), (list, tuple)):
+            raise FormatError("spec: expected an object with a list of layers")
         layers: list[LayerSpec] = []
         for run in data["layers"]:
-            count = int(run["count"])
-            if not 1 <= count <= MAX_LAYERS - len(layers):
-                raise RangeError(f"spec: layer count must be within 1..{MAX_LAYERS}; got {count}")
-            rope = Rope.from_json(run["rope"]) if run.get("rope") is not None else None
-            window = run.get("window")
-            layer = LayerSpec(
-                kind=LayerKind(run["kind"]),
-                kv_heads=int(run["heads"]),
-                k_dim=int(run["k_dim"]),
-                v_dim=int(run["v_dim"]),
-                rope=rope,
-                window=None if window is None else int(window),
-            )
-            layers.extend([layer] * count)
-        return cls(str(data["model_type"]), str(data["dtype"]), tuple(layers))
+            if not isinstance(run, Mapping):
+                raise FormatError(f"spec: expected each entry of layers to be an object; got {type(run).__name__}")
+            count = _integer(run, "count", 1, MAX_LAYERS - len(layers))
+            layers.extend([_layer_from_json(run)] * count)
+        model_type, dtype = data.get("model_type"), data.get("dtype")
+        if not isinstance(model_type, str) or len(model_type) > 256 or not isinstance(dtype, str):
+            raise FormatError("spec: model_type (of at most 256 characters) and dtype must be strings")
+        try:
+            return cls(model_type, dtype, tuple(layers))
+        except InputError as error:
+            raise FormatError(f"spec: {error.args[0]}") from error
 
     @classmethod
     def from_hf_config(cls, config: Any, dtype: str | torch.dtype | None = None) -> KVSpec:
@@ -184,6 +197,35 @@ class KVSpec:
 
 
 MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_DIM = 1 << 16
+
+
+def _integer(data: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise FormatError(f"spec: {name} must be an integer of at least {low}; got {value!r}")
+    if value > high:
+        raise LimitExceeded(f"spec: {name} must be at most {high}; got {value}")
+    return value
+
+
+def _layer_from_json(run: Mapping[str, Any]) -> LayerSpec:
+    kinds = {kind.value: kind for kind in LayerKind}
+    if not isinstance(run.get("kind"), str) or run["kind"] not in kinds:
+        raise FormatError(f"spec: kind must be one of {', '.join(kinds)}; got {run.get('kind')!r}")
+    layer = LayerSpec(
+        kind=kinds[run["kind"]],
+        kv_heads=_integer(run, "heads", 0, MAX_HEADS),
+        k_dim=_integer(run, "k_dim", 0, MAX_DIM),
+        v_dim=_integer(run, "v_dim", 0, MAX_DIM),
+        rope=None if run.get("rope") is None else Rope.from_json(run["rope"]),
+        window=None if run.get("window") is None else _integer(run, "window", 1, 1 << 40),
+    )
+    rotated = layer.dim("rope" if layer.kind is LayerKind.MLA else "k")
+    if layer.rope is not None and layer.rope.rotary_dim > rotated:
+        raise FormatError(f"spec: {layer.rope.rotary_dim} dims can't rotate in heads of {rotated}")
+    return layer
 
 
 def _heads(layer: LayerSpec, head_range: tuple[int, int] | None) -> int:
