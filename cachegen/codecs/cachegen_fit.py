@@ -25,19 +25,20 @@ from ..transforms.anchor_delta import anchors, others, subtract
 from .base import Group
 from .cachegen import ANCHOR_STEPS, ChannelMap, Options, group_rows, layer_groups
 
-SCALES = (2.4, 1.7, 1.2, 0.85, 0.6, 0.42, 0.3, 0.15)
-"""Bin scale of each level: four times as coarse as the paper's bins, to a quarter of them."""
+SCALES = (2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.18)
+"""Bin scale of each level: four times the default's (0.7), to a quarter of it."""
 ANCHOR_RANGE = 14.0
 """Deviations that an 8-bit anchor spans on either side of the mean where bins have scale 1; finer levels have less."""
-ANCHOR_RANGES = (4.0, 16.0)
+ANCHOR_RANGES = (6.0, 16.0)
 ROUNDING = 0.45
 QUIET = 0.1
 """A tensor's unit is this quantile of its channels' deviations: loud channels would make it coarse for all."""
-ALPHABET = 64
-OFFSET = ALPHABET // 2 - 1
-TABLES = 64
-"""Tables a level, for anchors and for deltas each."""
+ALPHABETS = {"anchor": 256, "delta": 64}
+TABLES = {"anchor": 16, "delta": 64}
+"""Symbols of a table, and tables of a level."""
 ROUNDS = 12
+TABLE_TOKENS = 4096
+"""Tokens that tables are counted on, spread over all chunks: more change a table's bits by less than a thousandth."""
 REACH = 5.0
 """Deviations that direct symbols should cover; wider channels take low bits."""
 RARE = 2e-5
@@ -76,7 +77,7 @@ def fit(
     groups = layer_groups(spec, (0, spec.kv_heads))
     moments = _moments(chunks, channels, groups, chosen)
     unit = _units(moments, channels, chosen)
-    floor = max(float(np.median(moments.deviation)) * 1e-3, 1e-9) if channels.total else 1.0
+    floor = max(float(np.median(moments.deviation)) * 1e-3, 1e-9)
     deviation = np.maximum(moments.deviation, floor).astype(np.float32)
     levels = [
         {"scale": scale, "anchor_range": float(np.clip(ANCHOR_RANGE * scale, *ANCHOR_RANGES))} for scale in SCALES
@@ -88,14 +89,16 @@ def fit(
         "anchor_tables": np.zeros((len(levels), channels.total), np.uint8),
         "delta_tables": np.zeros((len(levels), channels.total), np.uint8),
     }
+    stride = -(-sum(chunk.num_tokens for chunk in chunks()) // TABLE_TOKENS)
     for q, level in enumerate(levels):
         if progress is not None:
             progress(q, len(levels))
         histograms = _Histograms(channels, groups, chosen, moments, arrays, level["scale"], level["anchor_range"])
-        for chunk in chunks():
-            histograms.add(chunk)
+        for i, chunk in enumerate(chunks()):
+            if i % stride == 0:
+                histograms.add(chunk)
         for name, histogram in (("anchor", histograms.anchor), ("delta", histograms.delta)):
-            bank, ids = share_tables(histogram)
+            bank, ids = share_tables(histogram, TABLES[name])
             arrays[f"{name}_bank.{q}"] = bank_array(bank)
             arrays[f"{name}_tables"][q] = ids
     if progress is not None:
@@ -124,7 +127,9 @@ def _moments(chunks: Chunks, channels: ChannelMap, groups: list[Group], options:
             pairs_here = pairs_here[options.group_length - 1 :] if skip else pairs_here
             pairs[index] += pairs_here.shape[0]
             delta[index] += pairs_here.double().square().sum(0).numpy()
-    if total and not count.min():
+    if not total:
+        raise InputError("calibration: expected a model with attention layers; it has none that cachegen takes")
+    if not count.min():
         raise InputError("calibration: expected at least one chunk of two tokens for every layer; got none")
     mean = first / np.maximum(count, 1)
     deviation = np.sqrt(np.maximum(second / np.maximum(count, 1) - mean**2, 0))
@@ -134,7 +139,7 @@ def _moments(chunks: Chunks, channels: ChannelMap, groups: list[Group], options:
 
 def _units(moments: Moments, channels: ChannelMap, options: Options) -> NDArray[np.float32]:
     """What bins are relative to, by channel (see `Options.normalisation`)."""
-    floor = max(float(np.median(moments.delta)) * 1e-3, 1e-9) if channels.total else 1.0
+    floor = max(float(np.median(moments.delta)) * 1e-3, 1e-9)
     spread = np.maximum(moments.delta, floor)
     if options.normalisation == "channel":
         return spread.astype(np.float32)
@@ -164,29 +169,48 @@ def _sink_rows(chunk: KVChunk, group: Group) -> int:
 # --------------------------------------------------------------------------- histograms
 @dataclass
 class Histogram:
-    """Symbols by channel: counts and sums of the values behind them, [channels, ALPHABET]; low bits by channel."""
+    """Symbols by channel: low bits [channels], counts [channels, alphabet], and sums of the values behind them.
+
+    `sums` is None where a symbol's reconstruction point is its own integer.
+    """
 
     low_bits: NDArray[np.int64]
     counts: NDArray[np.float64]
-    sums: NDArray[np.float64]
+    sums: NDArray[np.float64] | None
 
     @classmethod
-    def of(cls, spread: NDArray[np.float64]) -> Histogram:
-        """An empty one for channels of the given deviation in steps."""
-        low = np.ceil(np.log2(np.maximum(REACH * spread / OFFSET, 1e-9))).clip(0, MAX_LOW_BITS).astype(np.int64)
-        shape = (len(spread), ALPHABET)
+    def of_anchors(cls, channels: int) -> Histogram:
+        """An empty one for 8-bit integers."""
+        return cls(np.zeros(channels, np.int64), np.zeros((channels, ALPHABETS["anchor"])), None)
+
+    @classmethod
+    def of_deltas(cls, spread: NDArray[np.float64]) -> Histogram:
+        """An empty one for deltas whose channels have the given deviation in steps."""
+        reach = ALPHABETS["delta"] // 2 - 1
+        low = np.ceil(np.log2(np.maximum(REACH * spread / reach, 1e-9))).clip(0, MAX_LOW_BITS).astype(np.int64)
+        shape = (len(spread), ALPHABETS["delta"])
         return cls(low, np.zeros(shape), np.zeros(shape))
+
+    @property
+    def alphabet(self) -> int:
+        return int(self.counts.shape[1])
+
+    @property
+    def offset(self) -> int:
+        """Symbol of zero."""
+        return self.alphabet // 2 - 1
 
     def add(self, index: NDArray[np.int64], q: Tensor, value: Tensor) -> None:
         """Count integers q [rows, channels] that stand for `value` (in steps)."""
-        low = torch.from_numpy(self.low_bits[index])
-        symbol = (q.to(torch.int64) >> low) + OFFSET
-        symbol = torch.where((symbol < 0) | (symbol >= ALPHABET - 1), ALPHABET - 1, symbol)
-        slot = (symbol + torch.arange(len(index)) * ALPHABET).flatten()
-        size = len(index) * ALPHABET
-        self.counts[index] += torch.bincount(slot, minlength=size).view(-1, ALPHABET).numpy()
-        sums = torch.bincount(slot, weights=value.double().flatten(), minlength=size)
-        self.sums[index] += sums.view(-1, ALPHABET).numpy()
+        low = torch.from_numpy(self.low_bits[index]).to(torch.int32)
+        symbol = (q >> low) + self.offset
+        symbol.masked_fill_((symbol < 0) | (symbol >= self.alphabet), self.alphabet - 1)
+        slot = (symbol + torch.arange(len(index), dtype=torch.int32) * self.alphabet).flatten()
+        size = len(index) * self.alphabet
+        self.counts[index] += torch.bincount(slot, minlength=size).view(-1, self.alphabet).numpy()
+        if self.sums is not None:
+            sums = torch.bincount(slot, weights=value.flatten(), minlength=size)
+            self.sums[index] += sums.view(-1, self.alphabet).numpy()
 
 
 class _Histograms:
@@ -208,10 +232,10 @@ class _Histograms:
         self.unit = torch.from_numpy(arrays["unit"])
         self.anchor_step = torch.from_numpy(arrays["deviation"]) * (anchor_range / ANCHOR_STEPS)
         self.delta_step = self.unit * (torch.from_numpy(bins)[torch.from_numpy(channels.layer_of())] * scale)
-        self.anchor = Histogram.of(moments.deviation / self.anchor_step.numpy())
+        self.anchor = Histogram.of_anchors(channels.total)
         normal = moments.delta / (self.unit.numpy() if options.normalisation == "token" else 1.0)
         step = self.delta_step.numpy() / (self.unit.numpy() if options.normalisation == "token" else 1.0)
-        self.delta = Histogram.of(normal / step)
+        self.delta = Histogram.of_deltas(normal / step)
 
     def add(self, chunk: KVChunk) -> None:
         length = self.options.group_length
@@ -223,7 +247,7 @@ class _Histograms:
             at = torch.from_numpy(index)
             mean, step = self.mean[at], self.anchor_step[at]
             if self.options.delta:
-                centred = x - mean  # every token tells what an anchor in its place would be
+                centred = x[::3] - mean  # any token tells what an anchor in its place would be
                 self.anchor.add(index, uniform(centred, step), centred / step)
                 reference = uniform(anchors(x, length) - mean, step).to(torch.float32) * step + mean
                 delta = subtract(others(x, length), reference, length)
@@ -238,43 +262,28 @@ class _Histograms:
 
 
 # --------------------------------------------------------------------------- sharing tables
-def share_tables(histogram: Histogram, tables: int = TABLES) -> tuple[TableBank, NDArray[np.uint8]]:
+def share_tables(histogram: Histogram, tables: int) -> tuple[TableBank, NDArray[np.uint8]]:
     """A bank of at most `tables` tables that code the channels in few bits, and each channel's table, uint8.
 
     k-means whose distance is the channel's cost in bits; channels of different low bits share nothing. Deterministic.
     """
-    counts = histogram.counts + 0.0
-    empty = counts.sum(1) == 0
-    counts[empty, OFFSET] = 1  # a channel never seen: any table will do, and the escape carries the rest
+    counts, offset = histogram.counts + 0.0, histogram.offset
+    counts[counts.sum(1) == 0, offset] = 1  # a channel never seen: the escape carries what comes
     ids = np.zeros(len(counts), np.int64)
-    pooled: list[NDArray[np.float64]] = []
-    sums: list[NDArray[np.float64]] = []
-    low_bits: list[int] = []
+    members: list[NDArray[np.int64]] = []
     classes, sizes = np.unique(histogram.low_bits, return_counts=True)
-    shares = _shares(sizes, tables)
-    for low, share in zip(classes, shares, strict=True):
-        members = np.flatnonzero(histogram.low_bits == low)
-        local = _cluster(counts[members], share)
-        used = np.unique(local)
-        for new, old in enumerate(used):
-            rows = members[local == old]
-            ids[rows] = len(pooled) + new
-        for old in used:
-            rows = members[local == old]
-            low_bits.append(int(low))
-            pooled.append(counts[rows].sum(0))
-            sums.append(histogram.sums[rows].sum(0))
-    if not pooled:
-        pooled, sums, low_bits = [np.eye(ALPHABET)[OFFSET]], [np.zeros(ALPHABET)], [0]
-    table_counts = np.stack(pooled)
-    bank = from_counts(
-        _integer_counts(table_counts),
-        OFFSET,
-        low_bits=low_bits,
-        escape=True,
-        recon=_centroids(table_counts, np.stack(sums)),
-        floor=0,
-    )
+    for low, share in zip(classes, _shares(sizes, tables), strict=True):
+        rows = np.flatnonzero(histogram.low_bits == low)
+        local = _cluster(counts[rows], share)
+        for cluster in np.unique(local):
+            ids[rows[local == cluster]] = len(members)
+            members.append(rows[local == cluster])
+    pooled = np.stack([counts[rows].sum(0) for rows in members])
+    recon = None
+    if histogram.sums is not None:
+        recon = _centroids(pooled, np.stack([histogram.sums[rows].sum(0) for rows in members]), offset)
+    low_bits = [histogram.low_bits[rows[0]] for rows in members]
+    bank = from_counts(_integer_counts(pooled), offset, low_bits=low_bits, escape=True, recon=recon, floor=0)
     return bank, ids.astype(np.uint8)
 
 
@@ -286,16 +295,15 @@ def _shares(sizes: NDArray[np.int64], tables: int) -> list[int]:
 
 def _cluster(counts: NDArray[np.float64], tables: int) -> NDArray[np.int64]:
     """Cluster of each row: start from rows sorted by spread, then assign to the cheapest and pool again."""
-    symbols = np.arange(ALPHABET) - OFFSET
+    alphabet = counts.shape[1]
+    symbols = np.arange(alphabet) - (alphabet // 2 - 1)
     spread = (counts * symbols**2).sum(1) / counts.sum(1)
-    skew = (counts * symbols).sum(1) / counts.sum(1)
-    order = np.lexsort((skew, spread))
     ids = np.empty(len(counts), np.int64)
-    ids[order] = np.arange(len(counts)) * tables // len(counts)
-    extra = np.zeros(ALPHABET)
+    ids[np.argsort(spread, kind="stable")] = np.arange(len(counts)) * tables // len(counts)
+    extra = np.zeros(alphabet)
     extra[-1] = ESCAPE_BITS
     for _ in range(ROUNDS):
-        pooled = np.zeros((tables, ALPHABET))
+        pooled = np.zeros((tables, alphabet))
         np.add.at(pooled, ids, counts)
         pooled += 1e-3 * pooled.sum(0) / max(pooled.sum(), 1) + 1e-6
         p = np.maximum(pooled / pooled.sum(1, keepdims=True), 0.25 / PROB_SUM)
@@ -316,8 +324,8 @@ def _integer_counts(counts: NDArray[np.float64]) -> NDArray[np.int64]:
     return scaled
 
 
-def _centroids(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float32]:
+def _centroids(counts: NDArray[np.float64], sums: NDArray[np.float64], offset: int) -> NDArray[np.float32]:
     """Mean value of each symbol, in steps, kept within its bin; the bin's middle where it was hardly seen."""
-    middle = np.arange(ALPHABET) - float(OFFSET)
+    middle = np.arange(counts.shape[1]) - float(offset)
     weight = counts + 4.0
     return np.clip((sums + 4.0 * middle) / weight, middle - 0.5, middle + 0.5).astype(np.float32)
