@@ -3,7 +3,7 @@
     store = KVStore(codec, "file:cache")
     store.save(ids, cache)                              # a transformers cache, or a KVChunk
     hit = store.load(prompt_ids, model=model)           # falsy on a miss
-    model.generate(prompt_ids, cache=hit.cache)         # past_key_values=hit.cache before transformers 5.20
+    model.generate(prompt_ids, cache=hit.cache)         # past_key_values=hit.cache in older transformers
 
 Chunks are named by everything that shapes their KV (`keys.py`). Each is verified on the way in: fingerprint, token
 digest, checksums. One that is missing, damaged or another's ends the prefix there, and is named in `Loaded.problems`.
