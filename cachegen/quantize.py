@@ -12,6 +12,8 @@ from .errors import InputError
 
 THIRDS = (0.5, 1.0, 1.5)
 """Relative bin sizes of the first, middle and last third of a model's layers (paper, section 5.2)."""
+LIMIT = float(1 << 30)
+"""Magnitudes end here: far beyond what any coder takes, so that it refuses them, and well within int32."""
 
 
 def uniform(x: Tensor, step: Tensor | float) -> Tensor:
@@ -23,7 +25,7 @@ def uniform(x: Tensor, step: Tensor | float) -> Tensor:
     Returns:
         int32, shape of `x`.
     """
-    return torch.round(x / step).to(torch.int32)
+    return torch.round(x / step).clamp(-LIMIT, LIMIT).to(torch.int32)
 
 
 def dead_zone(x: Tensor, step: Tensor | float, rounding: float = 0.38) -> Tensor:
@@ -44,7 +46,7 @@ def dead_zone(x: Tensor, step: Tensor | float, rounding: float = 0.38) -> Tensor
     if not 0.0 < rounding <= 0.5:
         raise InputError(f"rounding: expected within (0, 0.5]; got {rounding}")
     scaled = x / step
-    magnitude = torch.floor(scaled.abs() + rounding)
+    magnitude = torch.floor(scaled.abs() + rounding).clamp_max(LIMIT)
     return torch.copysign(magnitude, scaled).to(torch.int32)
 
 

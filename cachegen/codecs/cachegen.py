@@ -277,15 +277,17 @@ class CacheGen(ChunkCodec):
         self, rows: Sequence[Tensor], plans: Sequence[Plan], threads: int
     ) -> tuple[list[Tensor], list[bytes]]:
         """Anchors as the decoder will have them, fp32 [anchors, components], and their streams."""
-        if not self.options.delta:
-            return [plan.mean for plan in plans], [b""] * len(plans)
-        integers, references = [], []
+        integers, specs, references = [], [], []
         for x, plan in zip(rows, plans, strict=True):
+            if plan.anchors is None:
+                references.append(plan.mean)
+                continue
             q = uniform(anchors(x, self.options.group_length) - plan.mean, plan.anchor_step)
             integers.append(q)
-            references.append(q.to(torch.float32) * plan.anchor_step + plan.mean)
-        specs = [plan.anchors for plan in plans if plan.anchors is not None]
-        return references, rans.encode(integers, specs, threads)
+            specs.append(plan.anchors)
+            references.append(reconstruct(q, plan.anchors) * plan.anchor_step + plan.mean)
+        streams = iter(rans.encode(integers, specs, threads))
+        return references, [b"" if plan.anchors is None else next(streams) for plan in plans]
 
     def _token_scales(self, delta: Tensor, plan: Plan) -> Tensor | None:
         """fp16 [tokens]: root mean square of each token's vector in units; None unless they are sent."""
@@ -431,6 +433,19 @@ def group_rows(chunk: KVChunk, group: Group) -> Tensor:
     start = min(chunk.heads[0], chunk.spec.layers[layer].kv_heads)
     tensors = [chunk.layers[layer].tensors[name][:, first - start : last - start] for name in group.names]
     return torch.cat([tensor.to(torch.float32).flatten(1) for tensor in tensors], 1)
+
+
+def reconstruct(q: Tensor, spec: MatrixSpec) -> Tensor:
+    """Reconstruction points, fp32, of integers [tokens, components], as the native coder gives them."""
+    bank = spec.bank
+    ids = torch.from_numpy(spec.table_ids.astype(np.int64))
+    low = torch.from_numpy(bank.low_bits.astype(np.int32))[ids]
+    symbol = (q >> low) + bank.offset
+    inside = (symbol >= 0) & (symbol < bank.alphabet - bank.escape) & (low == 0)
+    slot = ids * bank.alphabet + torch.where(inside, symbol, 0)
+    coded = inside & (torch.from_numpy(bank.freqs.astype(np.int32)).flatten()[slot] > 0)
+    wide = q.to(torch.float32) + torch.sign(q) * bank.escape_bias
+    return torch.where(coded, torch.from_numpy(bank.recon.copy()).flatten()[slot], wide)
 
 
 def _positive(profile: ModelProfile, name: str, count: int, least: float | None = 0.0) -> Tensor:
