@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "cachegen" / "native"
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-LDFLAGS = ["-shared", "-pthread", f"-Wl,--version-script={NATIVE / 'exports.map'}"]
+LDFLAGS = ["-shared", "-pthread", "-Wl,-z,defs", f"-Wl,--version-script={NATIVE / 'exports.map'}"]
 SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libstdc++.so.6", "libgcc_s.so.1"}
 # PEP 600's promise for C++: the newest symbols of libstdc++ (GLIBCXX_3.4.x, CXXABI_1.3.x) of systems with glibc 2.y.
 CXX_OF_GLIBC = {17: (19, 7), 24: (22, 10), 28: (24, 11), 31: (28, 12), 34: (29, 13), 35: (30, 13), 39: (33, 15)}

@@ -17,10 +17,12 @@ import torch
 
 from cachegen.codec import Codec
 from cachegen.codecs import codec_class
+from cachegen.codecs.cachegen_fit import fit
 from cachegen.engines.transformers import chunk_from_cache
 from cachegen.entropy import rans
 from cachegen.fingerprint import Fingerprint
 from cachegen.kv import KVChunk, KVSpec
+from cachegen.profile import Calibration, ModelProfile
 
 from . import public_host_path, synthetic
 from .corpora import TEXTS
@@ -62,12 +64,12 @@ class Subject:
     layers: int
 
     def codec(self, codec_id: str) -> Codec:
-        """A codec for the model; one that needs a profile gets one calibrated on the chunk itself."""
+        """A codec for the model; the paper's gets a profile fitted to the chunk itself."""
         spec, profile = self.chunk.spec, None
         if codec_class(codec_id).needs_profile:
-            from cachegen.calibrate import calibrate_chunks
-
-            profile = calibrate_chunks(codec_id, spec, self.fingerprint, [self.chunk])
+            parameters, arrays = fit(lambda: iter([self.chunk]), spec, {}, lambda done, total: None)
+            seen = Calibration((("the chunk itself", self.chunk.num_tokens),))
+            profile = ModelProfile(codec_id, self.fingerprint, spec, seen, (), parameters, arrays)
         return Codec(spec, self.fingerprint, codec_id, profile, threads=1)
 
 
