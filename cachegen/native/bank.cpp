@@ -130,6 +130,20 @@ void fill_table(const DecodePieces &p, size_t table, int alphabet) {
   }
 }
 
+// Runs of the slot map: at most one for each bucket's own symbol and one for its alias.
+void fill_parts(const uint16_t *slots, int alphabet, uint16_t *parts) {
+  int n = 0;
+  for (uint32_t u = 0; u < cg::kProbSum; u++) {
+    if (u > 0 && slots[u] == slots[u - 1] + 1 && n > 0 && slots[u] % (cg::kProbSum / alphabet) != 0) continue;
+    if (n < 2 * alphabet) {
+      parts[n] = static_cast<uint16_t>(u);
+      parts[2 * alphabet + n] = static_cast<uint16_t>((slots[u] - u) & (cg::kProbSum - 1));
+    }
+    n++;
+  }
+  for (; n < 2 * alphabet; n++) parts[n] = cg::kProbSum;
+}
+
 }  // namespace
 
 extern "C" int cg_bank_create(const uint16_t *freqs, uint32_t tables, uint32_t alphabet, int32_t offset,
@@ -202,12 +216,13 @@ bool cg::bank_prepare_encode(cg_bank *bank) {
   Arena arena;
   uint32_t *freq_start = nullptr, *reciprocal = nullptr;
   float *inverse = nullptr;
-  uint16_t *slots = nullptr;
+  uint16_t *slots = nullptr, *parts = nullptr;
   const auto lay_out = [&] {
     freq_start = arena.take<uint32_t>(tables * alphabet);
     reciprocal = arena.take<uint32_t>(tables * alphabet);
     inverse = arena.take<float>(tables * alphabet);
     slots = arena.take<uint16_t>(tables * kProbSum + 2);
+    parts = arena.take<uint16_t>(needs_planes(alphabet) ? tables * 4 * alphabet : 0);
   };
   lay_out();
   const size_t bytes = (arena.used + 63) & ~size_t{63};
@@ -236,11 +251,13 @@ bool cg::bank_prepare_encode(cg_bank *bank) {
       const uint32_t rank = (slot + (e >> 12)) & (kProbSum - 1);
       slots[t * kProbSum + (freq_start[t * alphabet + entry_symbol(e)] >> 16) + rank] = static_cast<uint16_t>(slot);
     }
+    if (needs_planes(alphabet)) fill_parts(slots + t * kProbSum, static_cast<int>(alphabet), parts + t * 4 * alphabet);
   }
   bank->freq_start = freq_start;
   bank->reciprocal = reciprocal;
   bank->inverse = inverse;
   bank->slots = slots;
+  bank->parts = parts;
   bank->encode_memory = arena.base;
   return true;
 }

@@ -31,6 +31,9 @@ struct cg_bank {
   const uint32_t *reciprocal;   // [tables][A] floor(2^32 / freq), at most 2^32 - 1
   const float *inverse;         // [tables][A] 1 / freq, rounded down
   const uint16_t *slots;        // [tables][4096], two spare at the end
+  // A <= 32: the alias table as runs of start + rank that lie in one bucket: per table their 2 A starts (4096: none),
+  // then their (slot - start - rank) mod 4096.
+  const uint16_t *parts;
   void *decode_memory, *encode_memory;
   void *encode_lock;
 };

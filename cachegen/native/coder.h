@@ -9,6 +9,8 @@
 
 namespace cg {
 
+constexpr int kUnfinished = -1;  // code of a stream that was given up because of another of its group
+
 // One stream of a decode job: `width` components from `first`, over all blocks.
 struct DecodeStream {
   const cg_decode_job *job;

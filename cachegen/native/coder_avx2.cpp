@@ -413,6 +413,20 @@ ALWAYS V divide(V x, V freq, V reciprocal, V &rest) {
   return _mm256_sub_epi32(quotient, short_by_one);
 }
 
+// slots[index] of 8 lanes: plain loads, quicker than a gather on Zen and no slower elsewhere.
+ALWAYS V look_up_slots(const uint16_t *slots, V index) {
+  alignas(32) uint32_t at[8];
+  store(at, index);
+  __m128i v = _mm_cvtsi32_si128(slots[at[0]]);
+  v = _mm_insert_epi16(v, slots[at[1]], 1);
+  v = _mm_insert_epi16(v, slots[at[2]], 2);
+  v = _mm_insert_epi16(v, slots[at[3]], 3);
+  v = _mm_insert_epi16(v, slots[at[4]], 4);
+  v = _mm_insert_epi16(v, slots[at[5]], 5);
+  v = _mm_insert_epi16(v, slots[at[6]], 6);
+  return _mm256_cvtepu16_epi32(_mm_insert_epi16(v, slots[at[7]], 7));
+}
+
 template <int A>
 ALWAYS V look_up(V index, const uint32_t *table) {
   if constexpr (A == 16) {
@@ -667,8 +681,7 @@ struct Avx2 {
           const V quotient = divide(shifted, f, look_up<A>(s, bank[i]->reciprocal + table * A), rest);
           // A lane whose symbol has no frequency must not look outside the table, either.
           rest = _mm256_and_si256(_mm256_add_epi32(rest, _mm256_srli_epi32(e, 16)), _mm256_set1_epi32(kProbSum - 1));
-          const auto *slots = reinterpret_cast<const int *>(bank[i]->slots + table * kProbSum);
-          const V slot = _mm256_and_si256(_mm256_i32gather_epi32(slots, rest, 2), low_word);
+          const V slot = look_up_slots(bank[i]->slots + table * kProbSum, rest);
           const V next = _mm256_add_epi32(_mm256_slli_epi32(quotient, kProbBits), slot);
           x[i][g] = kPart ? _mm256_blendv_epi8(x[i][g], next, allowed) : next;
         }

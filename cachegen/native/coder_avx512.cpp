@@ -370,6 +370,42 @@ ALWAYS V divide(V x, V freq, __m512 inverse, V &rest) {
   return _mm512_mask_sub_epi32(quotient, short_by_one, quotient, _mm512_set1_epi32(-1));
 }
 
+// The slots of u = start + rank, as words. Small alphabets: a binary search among the 2 A parts of the alias table (5
+// or 6 vpermw), since 32 loads from 8 KB a table would mostly miss the first cache.
+template <int A>
+ALWAYS V look_up_slots(const cg_bank *bank, size_t table, V ua, V ub) {
+  const V u = join_halves(_mm512_cvtepi32_epi16(ua), _mm512_cvtepi32_epi16(ub));
+  if constexpr (A <= 32) {
+    const uint16_t *starts = bank->parts + table * 4 * A, *shifts = starts + 2 * A;
+    V at = _mm512_setzero_si512();
+#pragma GCC unroll 6
+    for (int step = A; step > 0; step /= 2) {
+      const V next = _mm512_or_si512(at, _mm512_set1_epi16(static_cast<int16_t>(step)));
+      at = _mm512_mask_mov_epi16(at, _mm512_cmpge_epu16_mask(u, look_up_words<2 * A>(next, starts)), next);
+    }
+    return _mm512_and_si512(_mm512_add_epi16(u, look_up_words<2 * A>(at, shifts)), _mm512_set1_epi16(kProbSum - 1));
+  } else {
+    const uint16_t *slots = bank->slots + table * kProbSum;
+    alignas(64) uint16_t index[kLanes];
+    store(index, u);
+    __m128i part[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const uint16_t *at = index + 8 * i;
+      __m128i v = _mm_cvtsi32_si128(slots[at[0]]);
+      v = _mm_insert_epi16(v, slots[at[1]], 1);
+      v = _mm_insert_epi16(v, slots[at[2]], 2);
+      v = _mm_insert_epi16(v, slots[at[3]], 3);
+      v = _mm_insert_epi16(v, slots[at[4]], 4);
+      v = _mm_insert_epi16(v, slots[at[5]], 5);
+      v = _mm_insert_epi16(v, slots[at[6]], 6);
+      part[i] = _mm_insert_epi16(v, slots[at[7]], 7);
+    }
+    return join_halves(_mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1),
+                       _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1));
+  }
+}
+
 template <int A>
 ALWAYS V look_up_wide(V index, const void *table) {
   if constexpr (A == 256) {
@@ -688,11 +724,9 @@ struct Avx512 {
         // A lane whose symbol has no frequency must not look outside the table, either.
         ra = _mm512_and_si512(ra, _mm512_set1_epi32(kProbSum - 1));
         rb = _mm512_and_si512(rb, _mm512_set1_epi32(kProbSum - 1));
-        const uint16_t *slots = bank[i]->slots + table * kProbSum;
-        ra = _mm512_and_si512(_mm512_i32gather_epi32(ra, slots, 2), low_word);
-        rb = _mm512_and_si512(_mm512_i32gather_epi32(rb, slots, 2), low_word);
-        const V next_a = _mm512_add_epi32(_mm512_slli_epi32(qa, kProbBits), ra);
-        const V next_b = _mm512_add_epi32(_mm512_slli_epi32(qb, kProbBits), rb);
+        const V slot = look_up_slots<A>(bank[i], table, ra, rb);
+        const V next_a = _mm512_add_epi32(_mm512_slli_epi32(qa, kProbBits), low_half_words(slot));
+        const V next_b = _mm512_add_epi32(_mm512_slli_epi32(qb, kProbBits), high_half_words(slot));
         a[i] = kPart ? _mm512_mask_mov_epi32(a[i], static_cast<__mmask16>(lanes), next_a) : next_a;
         b[i] = kPart ? _mm512_mask_mov_epi32(b[i], static_cast<__mmask16>(lanes >> 16), next_b) : next_b;
       }

@@ -22,8 +22,11 @@ void decode_together(DecodeStream *const *streams, uint8_t *scratch) {
   const cg_bank *bank[K];
   for (int i = 0; i < K; i++) {
     DecodeStream &s = *streams[i];
-    s.code = open_stream(cursor[i], s);
-    if (s.code != CG_OK) return;
+    const int code = open_stream(cursor[i], s);
+    if (code != CG_OK) {
+      s.code = code;
+      return;
+    }
     sink[i] = {s.job, s.first, can_cache_lookup(s), scratch + i * kLookupBytes};
     bank[i] = s.job->bank;
   }
@@ -53,7 +56,7 @@ void decode_together(DecodeStream *const *streams, uint8_t *scratch) {
     }
   }
   for (int i = 0; i < K; i++)
-    if (!ended_well(cursor[i])) streams[i]->code = CG_CORRUPT;
+    streams[i]->code = ended_well(cursor[i]) ? CG_OK : CG_CORRUPT;
 }
 
 template <class Isa, int A, bool kExtra>
@@ -123,7 +126,10 @@ void encode_together(EncodeStream *const *streams) {
       }
     }
   }
-  for (int i = 0; i < K; i++) close_stream(*streams[i], x[i], p[i]);
+  for (int i = 0; i < K; i++) {
+    close_stream(*streams[i], x[i], p[i]);
+    streams[i]->code = CG_OK;
+  }
 }
 
 template <class Isa, int A, bool kExtra>

@@ -150,7 +150,7 @@ int cut_streams(const cg_decode_job &job, int64_t index, std::vector<Task<cg::De
     if (size > left) return fail(fault, CG_TRUNCATED, index, s);
     const int64_t first = s * width;
     const auto this_width = static_cast<int32_t>(std::min(width, job.components - first));
-    tasks.push_back({{&job, p, static_cast<size_t>(size), first, s, this_width, CG_OK}, index, static_cast<int64_t>(tasks.size())});
+    tasks.push_back({{&job, p, static_cast<size_t>(size), first, s, this_width, cg::kUnfinished}, index, static_cast<int64_t>(tasks.size())});
     p += size;
   }
   return CG_OK;
@@ -183,7 +183,7 @@ int decode_all(const cg_decode_job *jobs, int64_t n, int threads, const cg::Code
   if (out_of_memory) return fail(fault, CG_NO_MEMORY, -1);
   const Task<cg::DecodeStream> *worst = nullptr;
   for (const auto &task : tasks)
-    if (task.stream.code != CG_OK && (worst == nullptr || task.order < worst->order)) worst = &task;
+    if (task.stream.code > CG_OK && (worst == nullptr || task.order < worst->order)) worst = &task;
   return worst == nullptr ? CG_OK : fail(fault, worst->stream.code, worst->job, worst->stream.index);
 }
 
@@ -209,6 +209,7 @@ int encode_all(cg_encode_job *jobs, int64_t n, int threads, const cg::Coder &cod
       s.job = &jobs[i];
       s.first = first;
       s.index = first / width;
+      s.code = cg::kUnfinished;
       s.width = static_cast<int32_t>(std::min(width, jobs[i].components - first));
       tasks.push_back({s, i, static_cast<int64_t>(tasks.size())});
     }
@@ -259,7 +260,7 @@ int encode_all(cg_encode_job *jobs, int64_t n, int threads, const cg::Coder &cod
   if (out_of_memory) return fail(fault, CG_NO_MEMORY, -1);
   const Task<cg::EncodeStream> *worst = nullptr;
   for (const auto &task : tasks)
-    if (task.stream.code != CG_OK && (worst == nullptr || task.order < worst->order)) worst = &task;
+    if (task.stream.code > CG_OK && (worst == nullptr || task.order < worst->order)) worst = &task;
   if (worst != nullptr)
     return fail(fault, worst->stream.code, worst->job, worst->stream.index, worst->stream.bad_token,
                 worst->stream.bad_component);
