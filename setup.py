@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,8 +81,10 @@ class BuildNative(build_ext):
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         command = [*command, "-o", str(partial)]
         self.announce(shlex.join(command), level=2)
+        began = time.time()
         try:
             subprocess.run(command, check=True, cwd=ROOT)
+            os.utime(partial, (began, began))  # a source saved meanwhile is newer
             partial.replace(target)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"cachegen: the native code did not build: {shlex.join(error.cmd)}") from None
