@@ -33,7 +33,9 @@ MAX_SWITCH = 1 << 40
 MAX_SCALING = 1 << 20
 MAX_FREQUENCY = 1 << 10
 BLOCK = 256
-"""Tokens rotated at once: keeps temporaries and each cached table small (128 KB at 128 rotary dims)."""
+"""Tokens rotated at once: keeps each cached table small (128 KB at 128 rotary dims)."""
+WORK = 1 << 18
+"""Numbers rotated at once, at most, where there are many heads: 1 MB of fp32, and as much again of temporaries."""
 
 
 @dataclass(frozen=True)
@@ -252,13 +254,18 @@ def _apply(k: Tensor, rope: Rope | None, out: Tensor | None, to: Tensor | None, 
         first, second = slice(0, dim // 2), slice(dim // 2, dim)
     if dim < k.shape[2] and out is not k:
         out[:, :, dim:].copy_(k[:, :, dim:])
+    heads = max(1, WORK // (BLOCK * dim))
     for start in range(0, k.shape[0], BLOCK):
         rows = slice(start, start + BLOCK)
         cos, sin = _tables(rope, _key(to, rows), _key(back, rows), k.device)
-        a, b = k[rows, :, first].float(), k[rows, :, second].float()
-        turned, other = (a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)
-        out[rows, :, first].copy_(turned)  # only now: `out` may be `k`
-        out[rows, :, second].copy_(other)
+        for head in range(0, k.shape[1], heads):
+            part = (rows, slice(head, head + heads), slice(0, dim))
+            work = k[part].to(torch.float32, copy=True)  # whole heads: halves of them read at a third of the speed
+            a, b = work[:, :, first], work[:, :, second]
+            turned = (a * cos).addcmul_(b, sin, value=-1)
+            b.mul_(cos).addcmul_(a, sin)
+            a.copy_(turned)
+            out[part].copy_(work)
     return out
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachegen.errors import FormatError, LimitExceeded, PositionError, ShapeError, UnsupportedModel
-from cachegen.rope import BLOCK, MAX_ROTARY_DIM, Rope, check_move, move, rope_from_hf, rotate, unrotate
+from cachegen.rope import BLOCK, MAX_ROTARY_DIM, WORK, Rope, check_move, move, rope_from_hf, rotate, unrotate
 
 LLAMA = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
 LONG = {"short_factor": [1.0 + i / 50 for i in range(32)], "long_factor": [2.0 + i / 7 for i in range(32)]}
@@ -248,6 +248,15 @@ def test_strided_and_in_place() -> None:
     assert torch.equal(rotate(rows, positions, rope, out=out), want)
     assert rotate(rows, positions, rope, out=rows) is rows
     assert torch.equal(engine[0].transpose(0, 1), want)
+
+
+def test_many_heads() -> None:
+    """More heads than are rotated at once."""
+    rope = rope_from_hf(config_of(KINDS["default"]))
+    k, positions = torch.randn(5, 2 * WORK // (BLOCK * 64) + 1, 64), torch.arange(40, 45)
+    got = rotate(k, positions, rope)
+    assert rope is not None
+    assert (got.double() - reference(k, positions, rope, 1)).abs().max() < 2e-6
 
 
 def test_other_dtypes_for_out() -> None:
