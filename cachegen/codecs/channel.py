@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STEPS = tuple(0.65 * 2.0 ** ((3 - level) / 2) for level in range(12))
 """Key step by level, in typical deviations."""
-VALUE_STEP = 0.85
+VALUE_STEP = 1.0
 """Value step / key step, each in its tensor's own typical deviations."""
 BATCH = 1 << 18
 """Elements that a decoder takes at once: what it keeps beside its output."""

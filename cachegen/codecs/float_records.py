@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..entropy import rans
-from ..entropy.tables import PROB_SUM, TableBank
-from ..errors import CorruptStream, TableError
+from ..entropy.tables import TableBank
+from ..errors import CorruptStream
 from ..native import lossless as native
-from .exponents import FLOAT_TYPES, MAX_TABLES, ExponentModel, FloatType, fit
+from .exponents import FLOAT_TYPES, ExponentModel, FloatType, fit
 
 RAW, RANS, ZSTD = range(3)
 """Modes of a record."""
@@ -108,10 +109,6 @@ def _side_by_side(arrays: Sequence[NDArray[np.uint8]]) -> bytes:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1).tobytes()
 
 
-def _address_of(data: memoryview) -> int:
-    return int(np.frombuffer(data, dtype=np.uint8).ctypes.data) if len(data) else 0
-
-
 # ---------------------------------------------------------------------- writing records
 def _write_rans(matrix: _Matrix, raw: int) -> bytes | None:
     kind, rows, columns = matrix.kind, matrix.rows, matrix.columns
@@ -145,14 +142,15 @@ def _write_rans(matrix: _Matrix, raw: int) -> bytes | None:
         f"<{2 * len(streams)}I", *(n for s, e in zip(streams, exceptions, strict=True) for n in (len(s), len(e)))
     )
     kept = [plane.tobytes() for plane, gone in zip(planes, omitted, strict=True) if not gone]
-    return b"".join([head, sizes, *exceptions, *kept, *streams])
+    body = b"".join([head, sizes, *exceptions, *kept, *streams])
+    return struct.pack("<BI", RANS, len(body)) + body
 
 
 def _model_bytes(model: ExponentModel, kind: FloatType, omitted: int) -> bytes:
     low = int(model.base.min())
     wide = int(model.base.max()) - low > 15 >> kind.signs
     flags = (_PER_RUN if model.per_run else 0) | (_WIDE_BASE if wide else 0) | omitted
-    out = [struct.pack("<5B", RANS, flags, model.alphabet.bit_length() - 1, len(model.freqs) - 1, low)]
+    out = [struct.pack("<4B", flags, model.alphabet.bit_length() - 1, len(model.freqs) - 1, low)]
     for row in model.freqs:
         used = int(np.flatnonzero(row)[-1]) + 1
         out.append(struct.pack(f"<B{used}H", used - 1, *row[:used].tolist()))
@@ -193,7 +191,8 @@ def _write_zstd(matrix: _Matrix, level: int) -> bytes:
         views = [_bytes_of(t[start:stop]) for t in matrix.tensors]
         for byte in range(matrix.kind.size):
             frames.append(compressor.compress(_side_by_side([view[:, :, byte :: matrix.kind.size] for view in views])))
-    return b"".join([bytes([ZSTD]), struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames])
+    body = b"".join([struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames])
+    return struct.pack("<BI", ZSTD, len(body)) + body
 
 
 # ---------------------------------------------------------------------- reading
@@ -215,17 +214,13 @@ class Cursor:
     def unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
 
-    def array(self, n: int) -> NDArray[np.uint8]:
-        """A copy of n bytes."""
-        return np.frombuffer(self.take(n), dtype=np.uint8).copy()
-
     def end(self) -> None:
         if self.at != len(self.data):
             raise CorruptStream(f"lossless: {len(self.data) - self.at} bytes are left over at the segment's end")
 
 
 def read_record(cursor: Cursor, tensors: Sequence[Tensor]) -> Sequence[Work]:
-    """The parts of a record."""
+    """The parts of a record that decodes to `tensors`."""
     matrix = _Matrix(tensors)
     (mode,) = cursor.unpack("B")
     if mode == RAW:
@@ -233,62 +228,31 @@ def read_record(cursor: Cursor, tensors: Sequence[Tensor]) -> Sequence[Work]:
         return [_RawRows(matrix, data)] if matrix.nbytes else []
     if matrix.rows == 0 or matrix.columns == 0 or mode not in (RANS, ZSTD):
         raise CorruptStream(f"lossless: no record of mode {mode} can hold {matrix.rows} x {matrix.columns} elements")
+    body = Cursor(cursor.take(cursor.unpack("I")[0]))
     if mode == RANS:
-        return list(_read_rans(cursor, matrix))
+        return [RansRecord(matrix, body.data)]
     edges, planes = list(matrix.edges()), matrix.kind.size
-    frames = [cursor.take(size) for size in cursor.unpack(f"{len(edges) * planes}I")]
+    frames = [body.take(size) for size in body.unpack(f"{len(edges) * planes}I")]
+    body.end()
     return [_ZstdBlock(matrix, rows, frames[i * planes : (i + 1) * planes]) for i, rows in enumerate(edges)]
 
 
-def _read_rans(cursor: Cursor, matrix: _Matrix) -> Iterator[_RansBlock]:
-    kind, rows, columns = matrix.kind, matrix.rows, matrix.columns
-    flags, log_alphabet, tables, low = cursor.unpack("4B")
-    omittable = _OMIT | _OMIT << 1 if kind.size == 4 else 0
-    alphabet = 1 << log_alphabet if log_alphabet < 9 else 0
-    if flags & ~(_PER_RUN | _WIDE_BASE | omittable) or alphabet not in kind.alphabets or tables >= MAX_TABLES:
-        raise CorruptStream(f"lossless: bad record: flags {flags}, alphabet 2^{log_alphabet}, {tables + 1} tables")
-    freqs = np.zeros((tables + 1, alphabet), dtype=np.uint16)
-    for row in freqs:
-        used = cursor.unpack("B")[0] + 1
-        if used > alphabet:
-            raise TableError(f"lossless: a table of {used} symbols in an alphabet of {alphabet}")
-        row[:used] = np.frombuffer(cursor.take(2 * used), dtype="<u2")
-    if (freqs.sum(1, dtype=np.int64) != PROB_SUM).any() or freqs.max() >= PROB_SUM:
-        raise TableError(f"lossless: a table's frequencies must sum to {PROB_SUM}, each below it")
-    per_run = bool(flags & _PER_RUN)
-    widths = matrix.widths
-    sides = len(widths) if per_run else columns
-    side = cursor.array(sides)
-    if flags & _WIDE_BASE:
-        base, side = side, cursor.array(sides)
-        table = side & np.uint8(0x7F)
+def decode(works: Sequence[Work], threads: int) -> None:
+    """Decode parts of records into their tensors."""
+    coded = [work for work in works if isinstance(work, RansRecord)]
+    if coded:
+        native.decode([record.fields() for record in coded], threads, rans.ISAS.index(rans.isa()))
+    others = [work for work in works if not isinstance(work, RansRecord)]
+    if threads > 1 and len(others) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda work: work.run(), others))
     else:
-        base, table = side >> np.uint8(4) & np.uint8(15 >> kind.signs), side & np.uint8(15)
-    base += np.uint8(low)  # modulo 256, as exponents are
-    flip = side >> np.uint8(7) if kind.signs else np.zeros_like(side)
-    base, flip, ids = _by_column(ExponentModel(freqs, base, flip, table, per_run), widths)
-    bank = _bank(freqs)
-    edges = list(matrix.edges())
-    sizes = cursor.unpack(f"{2 * len(edges)}I")
-    exceptions = [_address_of(cursor.take(n)) for n in sizes[1::2]]
-    planes: list[int] = []
-    for p in range(len(kind.planes)):
-        gone = p > 0 and flags & _OMIT << p - 1
-        planes.append(0 if gone else _address_of(cursor.take(rows * kind.plane_bytes(p, columns))))
-    for i, (start, stop) in enumerate(edges):
-        job = matrix.job(alphabet, (start, stop))
-        job[native.BASE], job[native.FLIP] = base.ctypes.data, flip.ctypes.data
-        job[native.EXCEPTION], job[native.EXCEPTION_COUNT] = exceptions[i], sizes[2 * i + 1]
-        for p, plane in enumerate(planes):
-            job[native.PLANE0 + p] = plane + start * kind.plane_bytes(p, columns) if plane else 0
-        spec = rans.MatrixSpec(stop - start, columns, bank, ids)
-        yield _RansBlock(job, spec, cursor.take(sizes[2 * i]), (matrix, base, flip, cursor.data))
+        for work in others:
+            work.run()
 
 
 class Work(ABC):
-    """A part of a record that is decoded on its own; `symbols` elements large."""
-
-    symbols: int
+    """A part of a record that is decoded on its own."""
 
     @abstractmethod
     def run(self) -> None:
@@ -299,9 +263,6 @@ class Work(ABC):
 class _RawRows(Work):
     matrix: _Matrix
     data: memoryview
-
-    def __post_init__(self) -> None:
-        self.symbols = self.matrix.rows * self.matrix.columns
 
     def run(self) -> None:
         rows, at = np.frombuffer(self.data, dtype=np.uint8).reshape(self.matrix.rows, -1), 0
@@ -317,8 +278,10 @@ class _ZstdBlock(Work):
     rows: tuple[int, int]
     frames: Sequence[memoryview]
 
-    def __post_init__(self) -> None:
-        self.symbols = (self.rows[1] - self.rows[0]) * self.matrix.columns
+    @property
+    def symbols(self) -> int:
+        """Elements of the block: bytes of each frame's content."""
+        return (self.rows[1] - self.rows[0]) * self.matrix.columns
 
     def run(self) -> None:
         size, (start, stop) = self.matrix.kind.size, self.rows
@@ -346,38 +309,19 @@ class _ZstdBlock(Work):
         return np.frombuffer(data, dtype=np.uint8)
 
 
-@dataclass
-class _RansBlock(Work):
-    """Rows of a matrix whose symbols are one rANS matrix."""
+class RansRecord(Work):
+    """A record of planes and rANS: decoded by native code, together with others."""
 
-    job: NDArray[np.int64]
-    spec: rans.MatrixSpec
-    stream: memoryview
-    keep: tuple[object, ...]
+    def __init__(self, matrix: _Matrix, body: memoryview) -> None:
+        self.matrix = matrix
+        self.body = np.frombuffer(body, dtype=np.uint8)
 
-    def __post_init__(self) -> None:
-        self.symbols = self.spec.tokens * self.spec.components
+    def fields(self) -> tuple[int, ...]:
+        """A row of `cg_record`."""
+        m = self.matrix
+        address = int(self.body.__array_interface__["data"][0])
+        table = int(m.table.__array_interface__["data"][0])
+        return (address, self.body.size, table, len(m.tensors), m.rows, m.columns, m.kind.code)
 
     def run(self) -> None:
-        _decode_blocks([self])
-
-
-def _decode_blocks(blocks: Sequence[_RansBlock]) -> None:
-    scratch = torch.empty(sum(block.symbols for block in blocks), dtype=torch.uint8)
-    symbols, at = [], 0
-    for block in blocks:
-        part = scratch[at : at + block.symbols]
-        block.job[native.SYMBOLS] = part.data_ptr()
-        symbols.append(part.view(block.spec.tokens, block.spec.components))
-        at += block.symbols
-    rans.decode([block.stream for block in blocks], [block.spec for block in blocks], symbols)
-    native.merge(np.stack([block.job for block in blocks]))
-
-
-def run_batch(batch: Sequence[Work]) -> None:
-    coded = [work for work in batch if isinstance(work, _RansBlock)]
-    if coded:
-        _decode_blocks(coded)
-    for work in batch:
-        if not isinstance(work, _RansBlock):
-            work.run()
+        decode([self], 1)

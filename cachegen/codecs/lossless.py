@@ -21,7 +21,7 @@ from ..kv import DTYPE_NAMES, KVChunk, KVSpec, LayerKind
 from ..native import lossless as native
 from .base import ChunkCodec, ChunkInfo, EncodedGroups, Group, GroupSegments, LevelLoss, Targets
 from .exponents import FLOAT_TYPES, FloatType
-from .float_records import BLOCK, ZSTD, Cursor, Work, fold, read_record, run_batch, write_record
+from .float_records import ZSTD, Cursor, Work, decode, fold, read_record, write_record
 
 if TYPE_CHECKING:
     from ..profile import ModelProfile
@@ -93,21 +93,7 @@ class Lossless(ChunkCodec):
         return EncodedGroups([[segment] for segment in segments], [LevelLoss(0, 0.0)])
 
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
-        batches: list[list[Work]] = [[]]
-        room = BLOCK
-        for part in parts:
-            for work in _read_group(info, part, targets):
-                if work.symbols > room and batches[-1]:
-                    batches.append([])
-                    room = BLOCK
-                batches[-1].append(work)
-                room -= work.symbols
-        if threads > 1 and len(batches) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run_batch, batches))
-        else:
-            for batch in batches:
-                run_batch(batch)
+        decode([work for part in parts for work in _read_group(info, part, targets)], threads)
 
     # ------------------------------------------------------------------ writing
     def _write(self, tensors: Sequence[Tensor]) -> bytes:

@@ -1,7 +1,6 @@
 // The `lossless` codec's planes: floats split into exponent symbols (entropy coded elsewhere) and the bits beside them.
-#include "lossless.h"
+#include "lossless_layout.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -12,33 +11,9 @@
 
 namespace {
 
-// How a type's bits are shared out: see docs/format-lossless.md, *Types*.
-struct Layout {
-  int size;           // bytes an element
-  int exponent_bits;
-  int mantissa_bits;
-  unsigned signs;     // 1 if symbols hold the sign in bit 0
-  int planes;
-  int plane_bits[3];
-
-  // Symbols from here on are escapes; 0 if the alphabet holds every exponent.
-  uint32_t escape(int64_t alphabet) const {
-    const auto exponents = static_cast<uint32_t>(alphabet) >> signs;
-    return exponents < 1u << exponent_bits ? (exponents - 1) << signs : 0;
-  }
-};
-
-constexpr Layout kLayouts[] = {
-    {2, 8, 7, 0, 1, {8, 0, 0}},   // bf16: sign and mantissa
-    {2, 5, 10, 1, 2, {8, 2, 0}},  // fp16: low 8 bits, then the mantissa's top 2
-    {4, 8, 23, 0, 3, {8, 8, 8}},  // fp32: sign and top 7, then 8, then 8
-    {1, 4, 3, 0, 1, {4, 0, 0}},   // e4m3: sign and mantissa
-    {1, 5, 2, 1, 1, {2, 0, 0}},   // e5m2: mantissa
-};
-constexpr int64_t kTypes = sizeof kLayouts / sizeof kLayouts[0];
-constexpr int64_t kMaxColumns = int64_t{1} << 24;
-
-size_t packed_bytes(size_t columns, int bits) { return (columns + 8 / bits - 1) / (8 / bits); }
+using cg::kLayouts;
+using cg::Layout;
+using cg::packed_bytes;
 
 void pack_row(const uint8_t *values, size_t columns, int bits, uint8_t *packed) {
   const size_t q = packed_bytes(columns, bits);
@@ -82,32 +57,6 @@ uint64_t escapes64(const uint8_t *s, uint32_t limit) {
 #pragma GCC pop_options
 #endif
 
-using Merge = decltype(&scalar::merge);
-
-Merge choose_merge() {
-#if defined(__x86_64__)
-  const char *wanted = std::getenv("CACHEGEN_ISA");
-  const bool any = wanted == nullptr || *wanted == 0;
-  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512dq");
-  if (wide && (any || std::strcmp(wanted, "avx512") == 0)) return avx512::merge;
-  if (__builtin_cpu_supports("avx2") && (any || std::strcmp(wanted, "avx2") == 0)) return avx2::merge;
-#endif
-  return scalar::merge;
-}
-
-bool valid(const cg_floats &m) {
-  if (m.type < 0 || m.type >= kTypes || m.count < 1 || m.columns < 1 || m.columns > kMaxColumns) return false;
-  if (m.alphabet != 16 && m.alphabet != 32 && m.alphabet != 64 && m.alphabet != 256) return false;
-  int64_t columns = 0;
-  for (int64_t t = 0; t < m.count; t++) {
-    const cg_rows &tensor = m.tensors[t];
-    if (tensor.heads < 0 || tensor.dim < 0 || tensor.heads > kMaxColumns || tensor.dim > kMaxColumns) return false;
-    columns += tensor.heads * tensor.dim;
-  }
-  return columns == m.columns && m.row0 >= 0 && m.row0 <= m.row1 && m.exception_count >= 0;
-}
-
 uint32_t load(const uint8_t *p, int size) {
   uint32_t w = 0;
   std::memcpy(&w, p, static_cast<size_t>(size));
@@ -129,9 +78,30 @@ void for_row(const cg_floats &m, int size, int64_t row, Visit visit) {
 
 }  // namespace
 
+bool cg::lossless_valid(const cg_floats &m) {
+  if (m.type < 0 || m.type >= kTypes || m.count < 1 || m.columns < 1 || m.columns > kMaxColumns) return false;
+  if (m.alphabet != 16 && m.alphabet != 32 && m.alphabet != 64 && m.alphabet != 256) return false;
+  int64_t columns = 0;
+  for (int64_t t = 0; t < m.count; t++) {
+    const cg_rows &tensor = m.tensors[t];
+    if (tensor.heads < 0 || tensor.dim < 0 || tensor.heads > kMaxColumns || tensor.dim > kMaxColumns) return false;
+    columns += tensor.heads * tensor.dim;
+  }
+  return columns == m.columns && m.row0 >= 0 && m.row0 <= m.row1 && m.exception_count >= 0;
+}
+
+int cg::lossless_merge(const cg_floats &floats, int isa, uint8_t *scratch) {
+  const Layout &layout = kLayouts[floats.type];
+#if defined(__x86_64__)
+  if (isa == CG_ISA_AVX512) return avx512::merge(floats, layout, scratch);
+  if (isa == CG_ISA_AVX2) return avx2::merge(floats, layout, scratch);
+#endif
+  return scalar::merge(floats, layout, scratch);
+}
+
 extern "C" int cg_lossless_count(const cg_floats *floats, uint32_t *counts) {
   const cg_floats &m = *floats;
-  if (!valid(m)) return CG_LOSSLESS_ARGUMENT;
+  if (!cg::lossless_valid(m)) return CG_LOSSLESS_ARGUMENT;
   const Layout &layout = kLayouts[m.type];
   const int top = layout.size * 8 - 1;
   const uint32_t mask = (1u << layout.exponent_bits) - 1;
@@ -146,7 +116,7 @@ extern "C" int cg_lossless_count(const cg_floats *floats, uint32_t *counts) {
 
 extern "C" int cg_lossless_split(cg_floats *floats) {
   cg_floats &m = *floats;
-  if (!valid(m)) return CG_LOSSLESS_ARGUMENT;
+  if (!cg::lossless_valid(m)) return CG_LOSSLESS_ARGUMENT;
   const Layout &layout = kLayouts[m.type];
   const auto columns = static_cast<size_t>(m.columns);
   const int top = layout.size * 8 - 1;
@@ -191,25 +161,5 @@ extern "C" int cg_lossless_split(cg_floats *floats) {
     }
   }
   m.exception_count = exception - m.exceptions;
-  return CG_LOSSLESS_OK;
-}
-
-extern "C" int cg_lossless_merge(const cg_floats *floats, int64_t n, int64_t *failed) {
-  const Merge run = choose_merge();
-  std::unique_ptr<uint8_t[]> scratch;
-  int64_t room = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const cg_floats &m = floats[i];
-    *failed = i;
-    if (!valid(m)) return CG_LOSSLESS_ARGUMENT;
-    if (m.columns > room) {
-      scratch.reset(new (std::nothrow) uint8_t[4 * static_cast<size_t>(m.columns)]);
-      if (scratch == nullptr) return CG_LOSSLESS_MEMORY;
-      room = m.columns;
-    }
-    const int status = run(m, kLayouts[m.type], scratch.get());
-    if (status != CG_LOSSLESS_OK) return status;
-  }
-  *failed = -1;
   return CG_LOSSLESS_OK;
 }

@@ -13,9 +13,16 @@ extern "C" {
 /* Element types; the numbers are those of the bitstream. */
 enum { CG_LOSSLESS_BF16 = 0, CG_LOSSLESS_FP16 = 1, CG_LOSSLESS_FP32 = 2, CG_LOSSLESS_E4M3 = 3, CG_LOSSLESS_E5M2 = 4 };
 
-enum { CG_LOSSLESS_OK = 0, CG_LOSSLESS_ARGUMENT = 1, CG_LOSSLESS_EXCEPTIONS = 2, CG_LOSSLESS_MEMORY = 3 };
+/* Status: 0, a status of the coder (CG_BAD_TABLE, CG_CORRUPT, CG_TRUNCATED, ...), or one of these. */
+enum {
+  CG_LOSSLESS_OK = 0,
+  CG_LOSSLESS_ARGUMENT = CG_BAD_ARGUMENT,
+  CG_LOSSLESS_MEMORY = CG_NO_MEMORY,
+  CG_LOSSLESS_EXCEPTIONS = 32, /* exceptions and escape symbols don't match */
+  CG_LOSSLESS_RECORD = 33      /* a record that contradicts itself */
+};
 
-/* Members of both structures are 8 bytes each, so that a table of int64 can be one. */
+/* Members of the structures are 8 bytes each, so that a table of int64 can be one. */
 
 /* One strided tensor [rows, heads, dim]; strides in bytes, dim contiguous. */
 typedef struct {
@@ -44,9 +51,17 @@ CG_API int cg_lossless_count(const cg_floats *floats, uint32_t *counts);
 /* Tensors to symbols, planes and exceptions; sets exception_count. */
 CG_API int cg_lossless_split(cg_floats *floats);
 
-/* The inverse, n times. A null plane is all zeros; symbols are scratch afterwards. *failed is the index of the job
-   that didn't have exactly exception_count escapes, or whose exceptions don't fit the type. */
-CG_API int cg_lossless_merge(const cg_floats *floats, int64_t n, int64_t *failed);
+/* A record as docs/format-lossless.md, *Planes and rANS*, describes it, and the tensors that it decodes to. */
+typedef struct {
+  const uint8_t *data; /* the record's body; nothing outside is read */
+  int64_t size;
+  const cg_rows *tensors;
+  int64_t count, rows, columns, type;
+} cg_record;
+
+/* Decode n records with up to `threads` threads. *failed is the index of one that can't be decoded; tensors may then
+   be half written (but nothing outside them ever is). */
+CG_API int cg_lossless_decode(const cg_record *records, int64_t n, int threads, int isa, int64_t *failed);
 
 #ifdef __cplusplus
 }

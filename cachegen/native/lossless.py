@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CorruptStream, InstallError
+from ..errors import CorruptStream, FormatError, InstallError, TableError, Truncated
 from . import library
 
-ARGUMENT, EXCEPTIONS, MEMORY = 1, 2, 3
+_BAD_ARGUMENT, _BAD_TABLE, _CORRUPT, _TRUNCATED, _NO_MEMORY, _NO_ISA, _EXCEPTIONS, _RECORD = 1, 2, 4, 5, 6, 7, 32, 33
 
 TENSORS, COUNT, COLUMNS, TYPE, ALPHABET, ROW0, ROW1, BASE, FLIP, SYMBOLS, PLANE0, _, _, EXCEPTION, EXCEPTION_COUNT = (
     range(15)
@@ -28,7 +28,13 @@ def _functions() -> ctypes.CDLL:
     lib = library()
     lib.cg_lossless_count.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     lib.cg_lossless_split.argtypes = [ctypes.c_void_p]
-    lib.cg_lossless_merge.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    lib.cg_lossless_decode.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_int64),
+    ]
     return lib
 
 
@@ -52,23 +58,35 @@ def split(job: NDArray[np.int64]) -> None:
     _check(_functions().cg_lossless_split(job.ctypes.data))
 
 
-def merge(jobs: NDArray[np.int64]) -> None:
-    """Symbols, planes and exceptions to floats. Raises CorruptStream if exceptions don't match the symbols."""
-    failed = ctypes.c_int64(-1)
-    _check(_functions().cg_lossless_merge(jobs.ctypes.data, len(jobs), ctypes.byref(failed)))
+def decode(records: Sequence[tuple[int, ...]], threads: int, isa: int) -> None:
+    """Decode records: rows of `cg_record` (address and size of the body, `rows_table`, tensors, rows, columns, type).
+
+    Raises:
+        CorruptStream, Truncated, TableError, FormatError: bad bytes. Then tensors may be partly written; nothing
+            outside them is, and nothing outside the records is read.
+    """
+    failed, table = ctypes.c_int64(-1), np.array(records, dtype=np.int64)
+    status = _functions().cg_lossless_decode(table.ctypes.data, len(records), threads, isa, ctypes.byref(failed))
+    _check(status, int(failed.value))
 
 
-def _check(status: int) -> None:
-    if status == EXCEPTIONS:
-        raise CorruptStream(
-            "lossless: the exceptions don't match the escape symbols: the segment's bytes were altered; fetch it again"
-        )
-    if status == MEMORY:
-        raise MemoryError("lossless: no memory for a row of scratch")
-    if status == ARGUMENT:
-        raise InstallError(
-            "lossless: the native library refused its arguments: it is older than the package; rebuild it"
-        )
+def _check(status: int, record: int = -1) -> None:
+    where = f"lossless: record {record}" if record >= 0 else "lossless"
+    if status == 0:
+        return
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{where}: no memory")
+    if status == _TRUNCATED:
+        raise Truncated(f"{where}: fewer bytes than it states; fetch the object again")
+    if status == _BAD_TABLE:
+        raise TableError(f"{where}: a table isn't one, or a channel names one that isn't there; fetch the object again")
+    if status == _CORRUPT:
+        raise CorruptStream(f"{where}: a stream doesn't decode to its end: the bytes were altered; fetch them again")
+    if status == _EXCEPTIONS:
+        raise CorruptStream(f"{where}: exceptions and escape symbols don't match: the bytes were altered")
+    if status == _RECORD:
+        raise FormatError(f"{where}: flags, alphabet or length contradict its type and shape")
+    raise InstallError(f"{where}: the native library refused its arguments (status {status}); rebuild it")
 
 
 TYPES: dict[torch.dtype, int] = {
