@@ -18,6 +18,7 @@ from torch import Tensor
 from cachegen.entropy import rans
 from cachegen.entropy.rans import Dequant, MatrixSpec
 from cachegen.entropy.tables import TableBank, from_counts, ideal_bits
+from cachegen.entropy.torchac import expanded_cdf
 
 from .timing import interleaved, machine_load
 
@@ -73,15 +74,6 @@ def draw_workload(matrices: int, seed: int, tokens: int = CHUNK, channels: int =
 
 
 # --------------------------------------------------------------------------- against torchac
-def torchac_tables(spec: MatrixSpec) -> Tensor:
-    """torchac's cumulative tables for a matrix, one row a symbol as it wants them: int16 [tokens * channels, 17]."""
-    cumulative = np.zeros((spec.bank.tables, spec.bank.alphabet + 1), np.int64)
-    cumulative[:, 1:] = spec.bank.freqs.cumsum(axis=1)
-    wrapped = torch.from_numpy((cumulative * 16).astype(np.uint16).view(np.int16))
-    rows = wrapped[torch.from_numpy(spec.table_ids.astype(np.int64))]
-    return rows.expand(spec.tokens, *rows.shape).reshape(-1, rows.shape[-1]).contiguous()
-
-
 def against_torchac(work: Workload, isas: Sequence[str], runs: int, torchac: Any) -> tuple[list[Row], dict[str, float]]:
     """Rows of symbols a second and bits a symbol; summary of the ratios by ISA.
 
@@ -97,7 +89,7 @@ def against_torchac(work: Workload, isas: Sequence[str], runs: int, torchac: Any
         cases[f"decode.{isa}"] = lambda isa=isa: rans.decode(data, work.specs, outs, isa=isa)  # type: ignore[misc]
         sizes[isa] = sum(map(len, data))
     if torchac is not None:
-        tables = [torchac_tables(spec) for spec in work.specs]
+        tables = [expanded_cdf(spec).contiguous() for spec in work.specs]
         flat = [matrix.reshape(-1).to(torch.int16) for matrix in work.symbols]
         streams = [torchac.encode_cdf(t, s) for t, s in zip(tables, flat, strict=True)]
         cases["encode.torchac"] = lambda: [torchac.encode_cdf(t, s) for t, s in zip(tables, flat, strict=True)]

@@ -108,14 +108,6 @@ def test_overhead_counts_what_streams_spend_beyond_their_tables() -> None:
     assert coder_speed.overhead([symbols], [uniform]) == pytest.approx(spent / symbols.numel() - 4, abs=1e-9)
 
 
-def test_tables_for_torchac_are_the_bank_s_own() -> None:
-    spec = coder_speed.draw_workload(1, 0, tokens=2, channels=8).specs[0]
-    rows = coder_speed.torchac_tables(spec).view(2, 8, 17)
-    widths = rows.to(torch.int32).diff(dim=-1) % 65536
-    wanted = torch.from_numpy(spec.bank.freqs[spec.table_ids].astype(np.int32)) * 16
-    assert torch.equal(widths, wanted.expand(2, 8, 16))
-
-
 def test_drawn_symbols_follow_their_tables() -> None:
     work = coder_speed.draw_workload(1, 0)
     spent = coder_speed.ideal_bits(work.symbols[0], work.specs[0]) / work.count
