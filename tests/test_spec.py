@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -166,6 +167,23 @@ def test_config_files_read_like_configs(name: str, tmp_path: Any) -> None:
 def test_specs_survive_json(name: str) -> None:
     spec = spec_from_config(config_of(name), "float16")
     assert KVSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "llama", "qwen2"])
+def test_older_config_files_take_the_class_defaults(name: str, tmp_path: Any) -> None:
+    """Files of transformers 4 leave out what their class fills in: rope_parameters, layer_types."""
+    config = config_of(name)
+    data = {key: value for key, value in config.to_dict().items() if key not in ("rope_parameters", "layer_types")}
+    data.update(transformers_version="4.40.0", rope_theta=10000.0)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    loaded = load_config(tmp_path)
+    assert isinstance(loaded, type(config))
+    spec = spec_from_config(loaded, "bfloat16")
+    assert len(spec.layers) == 4
+    ropes = [layer.rope for layer in spec.layers]
+    kinds = {layer.kind for layer in spec.layers}
+    assert all(rope is not None for rope in ropes)
+    assert (LayerKind.SLIDING in kinds) == (name != "llama")
 
 
 def test_kinds_and_windows() -> None:

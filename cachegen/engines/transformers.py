@@ -87,9 +87,15 @@ def chunk_from_cache(
 
 
 def allocate_cache(
-    config: Any, spec: KVSpec, num_tokens: int, *, batch_size: int = 1, device: torch.device | str = "cpu"
+    config: Any,
+    spec: KVSpec,
+    num_tokens: int,
+    *,
+    batch_size: int = 1,
+    max_cache_len: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
-    """A DynamicCache that counts as filled with `num_tokens` tokens, of uninitialised memory.
+    """A cache that counts as filled with `num_tokens` tokens, of uninitialised memory.
 
     Decode into views of it (`chunk_from_cache`): rows then land where the model reads them. Layers that are states
     stay empty until `set_states`.
@@ -97,15 +103,23 @@ def allocate_cache(
     Args:
         config: the model's config, or the model.
         spec: the cache's layers and dtype.
+        max_cache_len: make a StaticCache with room for so many tokens: the first new token then copies nothing,
+            where a DynamicCache copies everything. Default: a DynamicCache.
     Raises:
+        RangeError: no tokens or sequences, or more tokens than max_cache_len.
         ShapeError: the config's layers aren't the spec's.
-        UnsupportedModel: the config asks for a kind of layer that can't be allocated here.
+        UnsupportedModel: the config asks for a kind of layer that can't be allocated here, or a StaticCache would
+            have to hold a sliding window that has moved on.
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
     if num_tokens < 1 or batch_size < 1:
         raise RangeError(f"cache: expected at least 1 token and 1 sequence; got {num_tokens} and {batch_size}")
-    cache: Any = DynamicCache(config=getattr(config, "config", config))
+    config = getattr(config, "config", config)
+    if max_cache_len is not None and num_tokens > max_cache_len:
+        raise RangeError(f"max_cache_len: expected room for {num_tokens} tokens; got {max_cache_len}")
+    cache: Any
+    cache = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len=max_cache_len)
     if len(cache.layers) != spec.num_layers:
         raise ShapeError(f"config: the spec has {spec.num_layers} layers; got {len(cache.layers)}")
     for i, (layer, want) in enumerate(zip(cache.layers, spec.layers, strict=True)):
@@ -113,20 +127,9 @@ def allocate_cache(
             if not hasattr(layer, "conv_states"):
                 raise ShapeError(f"layer {i}: the spec says state; the config {type(layer).__name__}")
             continue
-        sliding = bool(getattr(layer, "is_sliding", False))
         if not hasattr(layer, "keys") or hasattr(layer, "conv_states"):
             raise UnsupportedModel(f"layer {i}: can't allocate a {type(layer).__name__}")
-        if sliding != (want.kind is LayerKind.SLIDING) or (sliding and int(layer.sliding_window) != want.window):
-            raise ShapeError(f"layer {i}: the spec says {want.kind.value} {want.window or ''}; the config disagrees")
-        held = min(num_tokens, int(layer.sliding_window) - 1) if sliding else num_tokens
-        first, second = (
-            torch.empty(batch_size, want.kv_heads, held, want.dim(name), dtype=spec.torch_dtype, device=device)
-            for name in want.names
-        )
-        layer.lazy_initialization(first, second)
-        layer.keys, layer.values = first, second
-        if sliding:
-            layer.cumulative_length = num_tokens
+        _allocate_layer(f"layer {i}", layer, want, spec, num_tokens, batch_size, device)
     return cache
 
 
@@ -231,6 +234,35 @@ def crop_for_generation(cache: Any, ids: Any) -> int:
 
 
 # --------------------------------------------------------------------------- parts
+def _allocate_layer(
+    where: str, layer: Any, want: LayerSpec, spec: KVSpec, num_tokens: int, batch_size: int, device: torch.device | str
+) -> None:
+    static, sliding = hasattr(layer, "max_cache_len"), bool(getattr(layer, "is_sliding", False))
+    window = int(layer.sliding_window) if sliding and not static else None  # a static layer keeps its rows' number only
+    if sliding != (want.kind is LayerKind.SLIDING) or window not in (None, want.window):
+        raise ShapeError(f"{where}: the spec says {want.kind.value} {want.window or ''}; the config disagrees")
+    rows = num_tokens
+    if static:
+        rows = int(layer.max_cache_len)
+        if num_tokens > rows:
+            raise UnsupportedModel(f"{where}: a StaticCache can't start with {num_tokens} tokens in a window of {rows}")
+    elif window is not None:
+        rows = min(num_tokens, window - 1)
+    first, second = (
+        torch.empty(batch_size, want.kv_heads, rows, want.dim(name), dtype=spec.torch_dtype, device=device)
+        for name in want.names
+    )
+    layer.lazy_initialization(first, second)
+    if static:  # keeps its own memory, whose address compiled graphs may know
+        layer.cumulative_length.fill_(num_tokens)
+        if sliding:
+            layer.cumulative_length_int = num_tokens
+        return
+    layer.keys, layer.values = first, second
+    if sliding:
+        layer.cumulative_length = num_tokens
+
+
 def _only_states(spec: KVSpec) -> bool:
     return all(layer.kind is LayerKind.STATE for layer in spec.layers)
 

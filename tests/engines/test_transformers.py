@@ -16,7 +16,7 @@ from cachegen.engines.transformers import (
     crop_for_generation,
     set_states,
 )
-from cachegen.errors import DtypeError, LayoutError, RangeError, ShapeError
+from cachegen.errors import DtypeError, LayoutError, RangeError, ShapeError, UnsupportedModel
 from cachegen.kv import KVChunk, KVSpec, LayerKind
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +125,37 @@ def test_decode_into_an_allocated_cache(llama: Any) -> None:
             out.layers[layer].tensors[name].copy_(tensor)
     want = llama(IDS[None]).logits[:, -1]
     assert torch.allclose(next_logits(llama, IDS[None], target), want, atol=1e-5)
+
+
+def test_decode_into_a_static_cache() -> None:
+    for lm in (tiny("Llama"), tiny("Gemma2", head_dim=8, **{**SLIDING, "sliding_window": 50})):
+        spec = KVSpec.from_hf_config(lm.config, "float32")
+        source = prefill(lm, IDS[None])
+        target = allocate_cache(lm, spec, 39, max_cache_len=64)
+        assert isinstance(target, transformers.StaticCache)
+        out = chunk_from_cache(target, spec)
+        for layer, name, tensor in chunk_from_cache(source, spec, stop=39).tensors():
+            out.layers[layer].tensors[name].copy_(tensor)
+        want = lm.generate(IDS[None], max_new_tokens=4, do_sample=False)
+        got = lm.generate(IDS[None], max_new_tokens=4, do_sample=False, **cache_argument(lm, target))
+        assert got.tolist() == want.tolist()
+
+
+def test_static_caches_of_other_sizes_are_refused(llama: Any) -> None:
+    with pytest.raises(RangeError, match="max_cache_len"):
+        allocate_cache(llama, KVSpec.from_hf_config(llama.config, "float32"), 39, max_cache_len=38)
+    lm = tiny("Gemma2", head_dim=8, **SLIDING)
+    with pytest.raises(UnsupportedModel, match="window of 16"):
+        allocate_cache(lm, KVSpec.from_hf_config(lm.config, "float32"), 39, max_cache_len=64)
+
+
+def test_config_and_spec_must_agree(llama: Any) -> None:
+    gemma = tiny("Gemma2", head_dim=8, **SLIDING)
+    with pytest.raises(ShapeError, match="the config disagrees"):
+        allocate_cache(gemma, KVSpec.from_hf_config(llama.config, "float32"), 10)
+    other = tiny("Gemma2", head_dim=8, **{**SLIDING, "sliding_window": 17})
+    with pytest.raises(ShapeError, match="sliding 17"):
+        allocate_cache(gemma, KVSpec.from_hf_config(other.config, "float32"), 10)
 
 
 def test_batches(llama: Any) -> None:
