@@ -814,7 +814,7 @@ def test_generation_goes_on_from_a_loaded_cache(
         saved = store.save(context_ids, cache)
         assert (saved.num_tokens, saved.stored) == (160, 2)
     keyword = cache_keyword(network)
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with KVStore(codec, f"file:{tmp_path}/kv", chunk_size=96) as store:
         hit = store.load(prompt, model=network)
         assert hit.num_tokens == 160
@@ -844,3 +844,28 @@ def test_a_damaged_chunk_crops_the_cache(model: tuple[Any, Any], smollm2_ids: to
     assert torch.equal(hit.cache.layers[3].values, cache.layers[3].values[:, :, :64])
     assert hit.chunk is not None
     assert hit.chunk.num_tokens == 64
+
+
+def test_generation_goes_on_from_loaded_windows() -> None:
+    """Gemma 2's alternation of full and sliding layers, tiny and random."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "head_dim": 16}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=12, pad_token_id=0)
+    network = Gemma2ForCausalLM(config).eval()
+    prompt = torch.randint(1, 99, (60,), generator=torch.Generator().manual_seed(1))
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    with KVStore(Codec.for_model(network, "lossless"), MemoryStore(), chunk_size=16) as store:
+        cache = computed(network, prompt[:50])
+        store.save(prompt[:50], cache)
+        hit = store.load(prompt, model=network)
+        assert hit.num_tokens == 50
+        assert hit.chunk is not None
+        assert hit.chunk.layer_tokens(0) == (39, 50)
+        keyword = cache_keyword(network)
+        found = network.generate(prompt[None], **{keyword: hit.cache}, **greedy)
+        assert torch.equal(found, network.generate(prompt[None], **{keyword: cache}, **greedy))
+        short = store.load(prompt[:50], model=network)
+        assert not short, "49 tokens: the window of the 49th was dropped, so nothing can go on from there"
+        assert "sliding" in str(short.problems[0])

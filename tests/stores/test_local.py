@@ -11,12 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from cachegen.errors import InputError, KeyNotFound, StoreFull, StoreUnavailable
-from cachegen.stores import LocalStore, SyncStore, open_store
+from cachegen.stores import LocalStore, MemoryStore, SyncStore, open_store
 
 BEGINNING = """
 import asyncio, concurrent.futures.thread, os, sys
@@ -363,6 +364,27 @@ def test_sizes_in_urls(tmp_path: Path, text: str, size: int | None) -> None:
     store = open_store(f"file:{tmp_path}/s%20t?max_bytes={text}")
     assert isinstance(store, LocalStore)
     assert (store.max_bytes, store.root) == (size, tmp_path / "s t")
+
+
+def test_stores_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cachegen.stores
+
+    points = {
+        "shelf": EntryPoint("shelf", "cachegen.stores.memory:MemoryStore", "cachegen.stores"),
+        "wrong": EntryPoint("wrong", "json:dumps", "cachegen.stores"),
+    }
+
+    def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "cachegen.stores"
+        return [point for point in points.values() if name in (None, point.name)]
+
+    monkeypatch.setattr(cachegen.stores, "entry_points", entry_points)
+    assert cachegen.stores.schemes() == ["file", "memory", "shelf", "wrong"]
+    assert isinstance(open_store("shelf:?max_bytes=5"), MemoryStore)
+    with pytest.raises(InputError, match="isn't a Store class"):
+        open_store("wrong:x")
+    with pytest.raises(InputError, match="file, memory, shelf, wrong"):
+        open_store("other:x")
 
 
 def test_sync_facade_on_a_folder(tmp_path: Path) -> None:
