@@ -12,6 +12,7 @@ import ast
 import hashlib
 import html
 import importlib.util
+import math
 import random
 import re
 import sysconfig
@@ -39,6 +40,11 @@ SHIPPED: dict[str, tuple[str, Split]] = {
 FILES_PER_KIND = 40
 FILE_LIMIT = 60_000
 """Characters read of one file, so that no single file dominates its kind."""
+
+
+CHARACTERS_PER_TOKEN = 4
+PASSAGE = 1280 * CHARACTERS_PER_TOKEN
+"""Characters of a calibration passage: about the 1280 tokens that calibration takes of a text at a time."""
 
 
 @dataclass(frozen=True)
@@ -234,19 +240,29 @@ def _calibration_paragraphs() -> frozenset[bytes]:
 
 
 # -------------------------------------------------------------------------------------------------------- what is used
-def calibration_texts(tokens_per_kind: int = 8192, kinds: Sequence[str] = KINDS) -> list[str]:
-    """Texts to calibrate on: of each kind about `tokens_per_kind` tokens (at 4 characters each), from several files."""
-    texts = []
-    for kind in kinds:
-        found = documents(kind, "calibration")
-        share = max(2_000, 4 * tokens_per_kind // max(1, min(len(found), 8)))
-        budget = 4 * tokens_per_kind
-        for document in found:
-            if budget <= 0:
-                break
-            texts.append(document.text[: min(share, budget)])
-            budget -= len(texts[-1])
+def calibration_texts(tokens: int = 32_768, kinds: Sequence[str] = KINDS) -> dict[str, str]:
+    """Texts to calibrate on, by name: passages of about PASSAGE characters, kinds and files in turn."""
+    pools = [_passages(documents(kind, "calibration")) for kind in kinds]
+    wanted = math.ceil(tokens * CHARACTERS_PER_TOKEN / PASSAGE)
+    texts: dict[str, str] = {}
+    while len(texts) < wanted:
+        before = len(texts)
+        for pool in pools:
+            item = next(pool, None)
+            if item is not None and len(texts) < wanted:
+                texts[item[0]] = item[1]
+        if len(texts) == before:
+            break
     return texts
+
+
+def _passages(pool: Sequence[Document]) -> Iterator[tuple[str, str]]:
+    longest = max((len(document.text) for document in pool), default=0)
+    for start in range(0, longest, PASSAGE):
+        for document in pool:
+            text = document.text[start : start + PASSAGE]
+            if len(text) == PASSAGE or (start == 0 and text):
+                yield f"{document.name}[{start}:{start + len(text)}]", text
 
 
 def contexts(

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cachegen.errors import MissingExtra
+from cachegen.errors import InputError, MissingExtra
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -55,8 +55,12 @@ def load(folder: Path | str, dtype: Any = None) -> tuple[Any, Any]:
     """(model, tokenizer) from a transformers folder or a GGUF folder, offline; model in eval mode, fp32 by default."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for each load, in the middle of our own
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"model: expected a transformers or GGUF folder; {folder} is no folder")
     dtype = dtype or torch.float32
     ggufs = sorted(folder.glob("*.gguf"))
     extra: dict[str, Any] = {"local_files_only": True}

@@ -13,7 +13,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -60,11 +59,11 @@ def _load_defaults(context: typer.Context, path: Path | None) -> Path | None:
         try:
             data = read_config(path)
         except InputError as error:
-            raise click.BadParameter(str(error)) from error
+            raise typer.BadParameter(str(error)) from error
         known = {parameter.name for parameter in context.command.params}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise click.BadParameter(f"{path.name} names options that this verb doesn't have: {', '.join(unknown)}")
+            raise typer.BadParameter(f"{path.name} names options that this verb doesn't have: {', '.join(unknown)}")
         context.default_map = {**(context.default_map or {}), **data}
     return path
 
@@ -84,6 +83,12 @@ def options_in_force(context: typer.Context) -> dict[str, Any]:
     """The options of a run by name, without those that only say where results go."""
     kept = {k: v for k, v in context.params.items() if k not in OWN}
     return {k: v.value if isinstance(v, Enum) else v for k, v in kept.items()}
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    """Was option `name` neither typed nor in a --config file?"""
+    source = context.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
 
 
 def export(context: typer.Context, path: Path | None) -> None:
@@ -135,6 +140,7 @@ __all__ = [
     "Seed",
     "export",
     "finish",
+    "is_default",
     "options_in_force",
     "portable",
     "progress",

@@ -126,6 +126,12 @@ class RowCache:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(("\n" if cut_short else "") + json.dumps({"key": key, "row": row}) + "\n")
 
+    def forget(self) -> None:
+        """Drop all rows: the run is complete, and its result holds what matters."""
+        self._rows.clear()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
 
 def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:

@@ -7,7 +7,6 @@ The model runs in fp32. `prefill` keeps its cache as computed; `engine_chunk` is
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachegen.engines.transformers import cache_from_chunks, chunk_from_cache
+from cachegen.engines.transformers import cache_from_chunks, cache_keyword, chunk_from_cache
 from cachegen.kv import KVChunk, KVSpec, LayerKind, LayerKV
 
 from .models import load
@@ -46,9 +45,7 @@ class Runner:
     def forward(self, ids: Iterable[int], cache: Any, keep: int) -> Tensor:
         """Feed ids to the model on top of `cache`, which grows; logits fp32 [keep, vocabulary] of the last `keep`."""
         row = torch.tensor([list(ids)], device=self.device)
-        # The model's own name for its cache: `cache` from transformers 5.24 on.
-        name = "cache" if "cache" in _parameters(self.model) else "past_key_values"
-        out = self.model(input_ids=row, use_cache=True, logits_to_keep=keep, **{name: cache})
+        out = self.model(input_ids=row, use_cache=True, logits_to_keep=keep, **{cache_keyword(self.model): cache})
         logits: Tensor = out.logits[0]
         return logits
 
@@ -97,10 +94,6 @@ class Runner:
         if ids is None:
             return []
         return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
-
-
-def _parameters(model: Any) -> set[str]:
-    return set(inspect.signature(inspect.unwrap(model.forward)).parameters)
 
 
 def cast(chunk: KVChunk, spec: KVSpec) -> KVChunk:

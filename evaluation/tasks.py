@@ -2,10 +2,10 @@
 
 A context holds facts of four tasks among filler from evaluation texts, and is asked every one of them:
 
-- passkey: a 5-digit key of a named gate;
+- passkey: a 5-digit key;
 - word: a secret word of a named person;
 - several: house numbers of several people, alike but for the names;
-- lookup: values of short hexadecimal keys, listed together as a table.
+- lookup: values of short keys, listed together as a table.
 
 An answer is exact if greedy decoding would give all its tokens.
 """
@@ -24,10 +24,10 @@ TASKS = ("passkey", "word", "several", "lookup")
 SOLVED = 0.8
 """A task counts only if the untouched model answers at least this share of its cases (definitions)."""
 
-GATES = ("north", "south", "east", "west", "upper", "lower", "inner", "outer", "old", "new")
 NAMES = (
     "Anna Boris Clara David Edith Frank Greta Henry Irene Jacob Karen Louis Maria Nigel Olive Peter Rosa Simon Tanya Victor"
 ).split()
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 WORDS = (
     "anchor barrel candle dragon engine feather garden hammer island jacket kettle lantern marble needle orange "
     "pepper ribbon saddle ticket umbrella velvet walnut yellow zipper basket copper diamond falcon ginger honey"
@@ -63,28 +63,21 @@ class Fact:
 
 
 def facts(rng: random.Random) -> list[Fact]:
-    """The facts of one context, twelve questions in all: two gates, two words, four houses, four of eight records."""
+    """The facts of one context, eleven questions in all: a key, two words, four houses, four records."""
     found = []
-    for gate in rng.sample(GATES, 2):
-        key = f"{rng.randrange(10_000, 100_000)}"
-        found.append(
-            Fact("passkey", f"The pass key of the {gate} gate is {key}.", f"The pass key of the {gate} gate is", key)
-        )
+    key = f"{rng.randrange(10_000, 100_000)}"
+    found.append(Fact("passkey", f"The pass key is {key}. Remember it. {key} is the pass key.", "The pass key is", key))
     names = rng.sample(NAMES, 6)
     for name, word in zip(names[:2], rng.sample(WORDS, 2), strict=True):
-        found.append(
-            Fact("word", f'The secret word of {name} is "{word}".', f'The secret word of {name} is "', f'{word}"')
-        )
+        prompt = f"The secret word of {name} is"
+        found.append(Fact("word", f"{prompt} {word}.", prompt, word))
     for name in names[2:]:
-        number = f"{rng.randrange(100, 1000)}"
-        found.append(
-            Fact("several", f"The house number of {name} is {number}.", f"The house number of {name} is", number)
-        )
-    keys = [f"{rng.randrange(16**4):04x}" for _ in range(8)]
-    values = [f"{rng.randrange(16**4):04x}" for _ in range(8)]
-    table = "Records: " + ", ".join(f"key {k} = value {v}" for k, v in zip(keys, values, strict=True)) + "."
-    for i in rng.sample(range(8), 4):
-        found.append(Fact("lookup", table, f"Records: key {keys[i]} = value", values[i]))
+        prompt, number = f"The house number of {name} is", f"{rng.randrange(100, 1000)}"
+        found.append(Fact("several", f"{prompt} {number}.", prompt, number))
+    records = {f"{rng.choice(LETTERS)}{rng.randrange(10, 100)}": f"{rng.randrange(100, 1000)}" for _ in range(4)}
+    table = "A table of values. " + " ".join(f"The value of {key} is {value}." for key, value in records.items())
+    for key, value in records.items():
+        found.append(Fact("lookup", table, f"The value of {key} is", value))
     return found
 
 
@@ -92,7 +85,7 @@ def filler(rng: random.Random) -> list[str]:
     """Sentences of evaluation's prose, starting anywhere."""
     pool = documents("prose", "evaluation")
     text = " ".join(rng.choice(pool).text.split())
-    sentences = re.split(r"(?<=[.!?;:])\s+", text)
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
     start = rng.randrange(len(sentences))
     return sentences[start:] + sentences[:start]
 
@@ -116,10 +109,12 @@ def _context(tokenizer: Any, name: str, tokens: int, rng: random.Random) -> Task
     budget = tokens - sum(len(_ids(tokenizer, " " + sentence)) for sentence in sentences) - 16
     text: list[str] = []
     for sentence in filler(rng):
-        budget -= len(_ids(tokenizer, " " + sentence))
-        if budget < 0:
+        size = len(_ids(tokenizer, " " + sentence))
+        if size <= budget:
+            budget -= size
+            text.append(sentence)
+        if budget < 32:
             break
-        text.append(sentence)
     # Facts lie anywhere but at the very end, in the order of `sentences`.
     places = sorted(rng.randrange(max(1, len(text) - 2)) for _ in sentences)
     for place, sentence in reversed(list(zip(places, sentences, strict=True))):
@@ -129,7 +124,7 @@ def _context(tokenizer: Any, name: str, tokens: int, rng: random.Random) -> Task
         Question(
             fact.task,
             tuple(_ids(tokenizer, "\n\n" + fact.prompt)),
-            tuple(_ids(tokenizer, fact.answer if fact.prompt.endswith('"') else " " + fact.answer)),
+            tuple(_ids(tokenizer, " " + fact.answer)),
         )
         for fact in hidden
     ]
