@@ -14,7 +14,9 @@ import base64
 import hashlib
 import json
 import struct
+import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import zstandard
@@ -227,6 +229,16 @@ def to_dtype(values, dtype):
     return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
 
 
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def from_bits(data, dtype):
+    """fp32 values of little-endian elements."""
+    if dtype == "bfloat16":
+        return bf16_to_f32(np.frombuffer(data, "<u2"))
+    return np.frombuffer(data, "<f2" if dtype == "float16" else "<f4").astype(np.float32)
+
+
 def rotate(keys, positions, rope):
     """Un-rotated keys, fp32 [tokens, heads, dim], turned to positions (format.md, *Spec*)."""
     if rope is None:
@@ -247,3 +259,565 @@ def rotate(keys, positions, rope):
     turned[..., first] = keys[..., first] * cos - keys[..., second] * sin
     turned[..., second] = keys[..., second] * cos + keys[..., first] * sin
     return turned
+
+
+# --------------------------------------------------------------------------- entropy coder (format-entropy.md)
+@dataclass
+class Bank:
+    freqs: np.ndarray  # [tables, alphabet]
+    offset: int
+    low_bits: list
+    escape: bool
+    points: np.ndarray  # fp32 [tables, alphabet]
+    escape_bias: np.float32
+
+
+def read_bank(data):
+    """A bank as bytes."""
+    magic, log_alphabet, escape, offset, tables, bias = struct.unpack_from("<4sBBHIf", data)
+    need(magic == b"CGTB" and log_alphabet in (4, 5, 6, 8) and escape <= 1 and tables >= 1, "bank")
+    size = 1 << log_alphabet
+    need(len(data) == 16 + tables * (6 * size + 1), "bank's size")
+    freqs = np.frombuffer(data, "<u2", tables * size, 16).reshape(tables, size).astype(int)
+    low_bits = list(data[16 + 2 * tables * size :][:tables])
+    points = np.frombuffer(data, "<f4", tables * size, 16 + 2 * tables * size + tables).reshape(tables, size)
+    return Bank(freqs, offset, low_bits, bool(escape), points, np.float32(bias))
+
+
+@cache
+def builtin_bank():
+    """The three built-in banks as one: table = shape x 68 + scale index."""
+    from cachegen.entropy.builtin_data import BANKS
+
+    banks = [
+        read_bank(zlib.decompress(base64.b85decode("".join(BANKS[shape]))))
+        for shape in ("laplace", "general", "gaussian")
+    ]
+    return Bank(
+        np.concatenate([bank.freqs for bank in banks]),
+        banks[0].offset,
+        [bits for bank in banks for bits in bank.low_bits],
+        banks[0].escape,
+        np.concatenate([bank.points for bank in banks]),
+        banks[0].escape_bias,
+    )
+
+
+def slots_of(freqs):
+    """[(symbol, rank)] of the 4096 slots of a table: the alias construction."""
+    freqs = [int(f) for f in freqs]
+    size, width = len(freqs), 4096 // len(freqs)
+    need(sum(freqs) == 4096 and max(freqs) < 4096 and min(freqs) >= 0, "frequencies")
+    rest, own, alias = list(freqs), [width] * size, list(range(size))
+    small = [s for s in range(size) if freqs[s] < width]
+    large = [s for s in range(size) if freqs[s] >= width]
+    while small:
+        poor, rich = small.pop(), large[-1]
+        own[poor], alias[poor] = rest[poor], rich
+        rest[rich] -= width - rest[poor]
+        if rest[rich] < width:
+            small.append(large.pop())
+    slots, given = [], list(own)
+    for bucket in range(size):
+        slots += [(bucket, rank) for rank in range(own[bucket])]
+        for _ in range(width - own[bucket]):
+            slots.append((alias[bucket], given[alias[bucket]]))
+            given[alias[bucket]] += 1
+    return slots
+
+
+def decode_matrix(data, shape, bank, tables):
+    """(values, symbols) [tokens, components] of a matrix; tables [components] or [blocks, components]."""
+    tokens, components = shape
+    blocks = -(-tokens // 32)
+    tables = np.broadcast_to(np.asarray(tables, int), (blocks, components))
+    need(tables.max() < len(bank.freqs), "table id")
+    slots = {table: slots_of(bank.freqs[table]) for table in set(tables.ravel().tolist())}
+    values, symbols = np.zeros(shape, np.int64), np.zeros(shape, int)
+    width = max(32, 65536 // (32 * blocks) // 32 * 32)  # components of a stream
+    firsts = range(0, components, width)
+    at = 4 * (len(firsts) - 1)
+    sizes = [*struct.unpack_from(f"<{len(firsts) - 1}I", data)]
+    sizes.append(len(data) - at - sum(sizes))
+    for first, size in zip(firsts, sizes, strict=True):
+        need(size >= 0, "stream's size")
+        stream = data[at : at + size]
+        at += size
+        lanes = min(32, tokens)
+        need(len(stream) == size and size >= 4 * lanes and size % 2 == 0, "stream's size")
+        states = list(struct.unpack_from(f"<{lanes}I", stream))
+        need(min(states) >= 1 << 16, "a state")
+        words = list(struct.unpack(f"<{(size - 4 * lanes) // 2}H", stream[4 * lanes :]))[::-1]
+        for block in range(blocks):
+            rows = range(32 * block, min(32 * block + 32, tokens))
+            for c in range(first, min(first + width, components)):
+                table = int(tables[block, c])
+                for lane, row in enumerate(rows):
+                    symbol, rank = slots[table][states[lane] & 4095]
+                    states[lane] = int(bank.freqs[table][symbol]) * (states[lane] >> 12) + rank
+                    symbols[row, c] = symbol
+                    if states[lane] < 1 << 16:
+                        need(words, "words missing")
+                        states[lane] = states[lane] << 16 | words.pop()
+                low_bits = int(bank.low_bits[table])
+                low = [0] * len(rows)
+                for bit in range(low_bits):
+                    need(len(words) >= 2, "words missing") if len(rows) > 16 else need(words, "words missing")
+                    plane = words.pop() | (words.pop() << 16 if len(rows) > 16 else 0)
+                    for lane in range(len(rows)):
+                        low[lane] |= (plane >> lane & 1) << bit
+                for lane, row in enumerate(rows):
+                    high = int(symbols[row, c]) - bank.offset
+                    if bank.escape and symbols[row, c] == bank.freqs.shape[1] - 1:
+                        need(words, "words missing")
+                        high = words.pop()
+                        high -= 65536 if high >= 32768 else 0
+                    values[row, c] = (high << low_bits) + low[lane]
+        need(not words and all(state == 1 << 16 for state in states), "the end of a stream")
+    return values, symbols
+
+
+def decode_points(data, shape, bank, tables):
+    """Reconstruction points, fp32 [tokens, components], of a matrix."""
+    values, symbols = decode_matrix(data, shape, bank, tables)
+    table = np.repeat(np.broadcast_to(np.asarray(tables, int), (-(-shape[0] // 32), shape[1])), 32, axis=0)[: shape[0]]
+    points = bank.points[table, symbols]
+    raw = np.asarray(bank.low_bits)[table] > 0
+    if bank.escape:
+        raw |= symbols == bank.freqs.shape[1] - 1
+    far = values.astype(np.float32) + (np.sign(values).astype(np.float32) * bank.escape_bias)
+    return np.where(raw, far, points).astype(np.float32)
+
+
+# --------------------------------------------------------------------------- cachegen (format-cachegen.md)
+def read_profile(data):
+    """(description, arrays) of a profile."""
+    (size,) = struct.unpack_from("<Q", data)
+    entries = read_json(data[8 : 8 + size])
+    metadata = entries.pop("__metadata__")
+    types = {
+        "U8": "<u1",
+        "I8": "<i1",
+        "U16": "<u2",
+        "I16": "<i2",
+        "U32": "<u4",
+        "I32": "<i4",
+        "F16": "<f2",
+        "F32": "<f4",
+    }
+    described = metadata["cachegen.profile"].encode()
+    content = hashlib.sha256(b"cachegen profile\n" + struct.pack("<Q", len(described)) + described)
+    arrays, at = {}, 8 + size
+    for name in sorted(entries):
+        entry = entries[name]
+        first, last = (8 + size + edge for edge in entry["data_offsets"])
+        need(first == at and last <= len(data), "profile: gaps or overlaps")
+        label = " ".join([name, entry["dtype"], *map(str, entry["shape"])]).encode() + b"\n"
+        content.update(struct.pack("<Q", len(label)) + label + data[first:last])
+        arrays[name] = np.frombuffer(data[first:last], dtype=types[entry["dtype"]]).reshape(entry["shape"])
+        at = last
+    need(at == len(data), "profile: bytes after the last array")
+    need(content.hexdigest() == metadata["cachegen.hash"], "profile: content hash")
+    return read_json(described), arrays, content.hexdigest()
+
+
+def layer_of(group, layers):
+    need(group.layers[1] == group.layers[0] + 1 and group.names == ("k", "v"), "a group of one layer's k and v")
+    return layers[group.layers[0]]
+
+
+def split_heads(rows, group, layer):
+    """[tokens, components] -> {name: [tokens, heads, dim]}: k's channels, then v's."""
+    heads = group.heads[1] - group.heads[0]
+    at = heads * layer["k_dim"]
+    return {
+        "k": rows[:, :at].reshape(len(rows), heads, layer["k_dim"]),
+        "v": rows[:, at:].reshape(len(rows), heads, layer["v_dim"]),
+    }
+
+
+def decode_cachegen(obj, config, profile, group, segments):
+    description, arrays, _ = profile
+    parameters = description["parameters"]
+    options = parameters["options"] | {k: v for k, v in config.items() if k != "coder"}
+    need(options == parameters["options"], "options that the profile isn't for")
+    need(config.get("coder", "rans") == "rans", "this decoder has no torchac")
+    layer = layer_of(group, obj.layers)
+    data = segments[0]
+    level, zero, zeros, anchor_bytes = struct.unpack_from("<BBHI", data)
+    need(zero == zeros == 0 and level < len(parameters["levels"]), "a segment's head")
+
+    start = 0  # of the layer's channels in the model's
+    for other in obj.layers[: group.layers[0]]:
+        if other["kind"] in ("attention", "sliding"):
+            start += other["heads"] * (other["k_dim"] + other["v_dim"])
+    channels = []
+    for name, base in (("k_dim", start), ("v_dim", start + layer["heads"] * layer["k_dim"])):
+        channels += range(base + group.heads[0] * layer[name], base + group.heads[1] * layer[name])
+
+    constants = parameters["levels"][level]
+    bins = parameters["bins"]
+    layer_bin = np.float32(bins[group.layers[0] * len(bins) // len(obj.layers)])
+    anchor_step = arrays["deviation"][channels] * np.float32(constants["anchor_range"] / 127)
+    delta_step = arrays["unit"][channels] * (layer_bin * np.float32(constants["scale"]))
+    mean = arrays["mean"][channels]
+
+    n = group.tokens[1] - group.tokens[0]
+    length = options["group_length"]
+    is_anchor = np.arange(n) % length == 0 if options["delta"] else np.zeros(n, bool)
+    m = int((~is_anchor).sum())
+    at = 8
+    scales = None
+    if options["normalisation"] == "token":
+        scales = np.frombuffer(data[at : at + 2 * m], "<f2").astype(np.float32)[:, None]
+        need(np.isfinite(scales).all(), "token scales")
+        at += 2 * m
+    values = np.empty((n, len(channels)), np.float32)
+    if is_anchor.any():
+        points = decode_points(
+            data[at : at + anchor_bytes],
+            (n - m, len(channels)),
+            read_bank(arrays[f"anchor_bank.{level}"].tobytes()),
+            arrays["anchor_tables"][level][channels],
+        )
+        values[is_anchor] = points * anchor_step + mean
+    at += anchor_bytes
+    if m:
+        bank = read_bank(arrays[f"delta_bank.{level}"].tobytes())
+        points = decode_points(data[at:], (m, len(channels)), bank, arrays["delta_tables"][level][channels])
+        points = points * delta_step if scales is None else (points * delta_step) * scales
+        if options["delta"]:
+            values[~is_anchor] = points + values[np.arange(n) // length * length][~is_anchor]
+        else:
+            values[~is_anchor] = points + mean
+    else:
+        need(at == len(data), "bytes left over")
+    return split_heads(values, group, layer)
+
+
+def decode_cachegen_public(obj, config, profile, group, segments):
+    layer = layer_of(group, obj.layers)
+    need(set(config) <= {"levels"}, "config")
+    data, at, n = segments[0], 0, group.tokens[1] - group.tokens[0]
+    heads = group.heads[1] - group.heads[0]
+    kind = obj.header["spec"]["dtype"]
+    found = {}
+    for name, dim in (("k", layer["k_dim"]), ("v", layer["v_dim"])):
+        bins, entries, size = struct.unpack_from("<HHI", data, at)
+        need(4 <= bins <= 256 and bins % 2 == 0 and bins + 1 <= entries <= 257, "bins or entries")
+        at += 8
+        width = DTYPE_BYTES[kind]
+        largest = from_bits(data[at : at + width * n], kind)
+        need(np.isfinite(largest).all() and (largest >= 0).all(), "magnitudes")
+        at += width * n
+        channels = heads * dim
+        table = np.frombuffer(data[at : at + 2 * channels * entries], "<u2").reshape(channels, entries).astype(int)
+        at += 2 * channels * entries
+        alphabet = next(a for a in (16, 32, 64, 256) if a >= bins - 1)
+        freqs = np.zeros((channels, alphabet), int)
+        freqs[:, : bins - 1] = np.diff(table[:, :bins])
+        steps = bins // 2 - 1
+        points = np.tile(np.arange(alphabet, dtype=np.float32) - steps, (channels, 1))
+        bank = Bank(freqs, steps, [0] * channels, False, points, np.float32(0))
+        rows = decode_points(data[at : at + size], (n, channels), bank, range(channels))
+        at += size
+        found[name] = (rows * (largest / np.float32(steps))[:, None]).reshape(n, heads, dim)
+    need(at == len(data), "bytes left over")
+    return found
+
+
+class Cursor:
+    """Reads bytes front to back."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, size):
+        need(size <= len(self.data) - self.at, "bytes missing")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def unpack(self, layout):
+        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
+
+    def number(self, layout):
+        return self.unpack(layout)[0]
+
+    def end(self):
+        need(self.at == len(self.data), "bytes left over")
+
+
+# --------------------------------------------------------------------------- channel (format-channel.md)
+def decode_channel(obj, config, profile, group, segments):
+    need(config == {} and group.names == ("k", "v"), "channel's config or names")
+    cursor = Cursor(segments[0])
+    first, last = group.tokens
+    heads = group.heads[1] - group.heads[0]
+    found = {}
+    for number in range(*group.layers):
+        layer = obj.layers[number]
+        parts = {"k": [], "v": []}
+        tokens = last - first
+        width = heads * layer["k_dim"]
+        most = max(32, min(480, (1 << 19) // width // 32 * 32))
+        size = 32 * -(-tokens // (32 * -(-tokens // most)))
+        for start in range(0, tokens, size):
+            rows = min(size, tokens - start)
+            keys, values = read_band(cursor, rows, heads, layer, obj.header["spec"]["dtype"])
+            positions = obj.positions[first + start : first + start + rows]
+            parts["k"].append(rotate(keys.reshape(rows, heads, -1), positions, layer.get("rope")))
+            parts["v"].append(values.reshape(rows, heads, -1))
+        found |= {(name, number): np.concatenate(bands) for name, bands in parts.items()}
+    cursor.end()
+    return found
+
+
+def read_band(cursor, tokens, heads, layer, dtype):
+    """Keys before RoPE, and values: fp32 [tokens, heads x dim]."""
+    widths = [heads * layer["k_dim"], heads * layer["v_dim"]]
+    mode = cursor.number("B")
+    need(mode <= 3, "mode")
+    if mode == 3:
+        return [from_bits(cursor.take(tokens * w * DTYPE_BYTES[dtype]), dtype).reshape(tokens, w) for w in widths]
+    fine, ordered = cursor.unpack("BB")
+    steps = cursor.unpack("ff")
+    need(fine <= min(32, tokens - 1) and ordered <= 1 and (ordered or not fine), "outliers")
+    need(all(2.0**-126 <= step < 2.0**100 for step in steps), "steps")
+    blocks = -(-(tokens - fine) // 32)
+    weights = [0] * blocks
+    order = list(range(tokens))
+    if ordered:
+        weights = list(cursor.unpack(f"{blocks}b"))
+        need(all(-16 <= w <= 16 for w in weights), "weights")
+        packed = cursor.take(-(-tokens // 2))
+        classes = [packed[t // 2] >> 4 * (t % 2) & 15 for t in range(tokens)]
+        need(tokens % 2 == 0 or packed[-1] >> 4 == 0, "the unused half byte")
+        sizes = [fine] + [min(32, tokens - fine - 32 * b) for b in range(blocks)]
+        need([classes.count(c) for c in range(16)] == sizes + [0] * (15 - blocks), "classes")
+        order = sorted(order, key=lambda t: classes[t])
+    sides = read_sides(cursor, mode, widths, (heads, heads))
+    matrices = ([(0, fine, [8])] if fine else []) + [(fine, tokens, weights)]
+    lengths = cursor.unpack(f"{2 * len(matrices)}I")
+    streams = [cursor.take(length) for length in lengths]
+    tensors = []
+    for width, step, (index, shape, mean) in zip(widths, steps, sides, strict=True):
+        rows = np.empty((tokens, width), np.float32)
+        for first, last, weight in matrices:
+            tables = [[s * 68 + min(67, max(0, i + 2 * w)) for i, s in zip(index, shape, strict=True)] for w in weight]
+            points = decode_points(streams.pop(0), (last - first, width), builtin_bank(), tables)
+            scale = np.repeat([np.float32(step * 2.0 ** (-w / 2)) for w in weight], 32)[: last - first, None]
+            points = points * scale
+            if mode == 0:
+                points = points + np.array([m * (step / 8) for m in mean]).astype(np.float32)
+            rows[order[first:last]] = points
+        tensors.append(rows)
+    return tensors
+
+
+def read_sides(cursor, mode, widths, heads):
+    """(scale indices, shapes, mean numbers) of the channels of k and of v."""
+    if mode == 2:
+        sides = []
+        for width, n in zip(widths, heads, strict=True):
+            tables = [table for table in cursor.take(n) for _ in range(width // n)]
+            need(max(tables) < 3 * 68, "a head's table")
+            sides.append(([t % 68 for t in tables], [t // 68 for t in tables], None))
+        return sides
+    kinds = 3 if mode == 0 else 2
+    head = [[cursor.unpack("BB") for _ in range(kinds)] for _ in widths]
+    need(all(index < 68 for side in head for _, index in side), "a scale index of sides")
+    size = cursor.number("I")
+    tables = [68 + index for width, side in zip(widths, head, strict=True) for _, index in side for _ in range(width)]
+    numbers = decode_matrix(cursor.take(size), (1, len(tables)), builtin_bank(), tables)[0][0].tolist()
+    sides = []
+    for width, side in zip(widths, head, strict=True):
+        kind = [[numbers.pop(0) + centre for _ in range(width)] for centre, _ in side]
+        need(all(0 <= i < 68 for i in kind[0]) and all(0 <= s < 3 for s in kind[1]), "a table of sides")
+        sides.append((kind[0], kind[1], kind[2] if mode == 0 else None))
+    return sides
+
+
+# --------------------------------------------------------------------------- lossless (format-lossless.md)
+@dataclass
+class FloatType:
+    size: int
+    exponent_bits: int
+    sign_in_symbol: bool
+    planes: tuple  # bits of each
+    mantissa_bits: int
+
+
+FLOAT_TYPES = [
+    FloatType(2, 8, False, (8,), 7),  # bf16
+    FloatType(2, 5, True, (8, 2), 10),  # fp16
+    FloatType(4, 8, False, (8, 8, 8), 23),  # fp32
+    FloatType(1, 4, False, (4,), 3),  # fp8 e4m3fn
+    FloatType(1, 5, True, (2,), 2),  # fp8 e5m2
+]
+TYPE_OF = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
+
+
+def decode_lossless(obj, config, profile, group, segments):
+    need(set(config) <= {"coder", "level"}, "config")
+    cursor = Cursor(segments[0])
+    tokens, heads = group.tokens[1] - group.tokens[0], group.heads[1] - group.heads[0]
+    found = {}
+    for number in range(*group.layers):
+        layer = obj.layers[number]
+        if not group.names:
+            for _ in range(cursor.number("H")):
+                name = cursor.take(cursor.number("B")).decode("utf-8")
+                need(name and (name, number) not in found, "a state's name")
+                found[name, number] = read_array(cursor)
+            continue
+        dims = [layer["k_dim"] if name in ("k", "latent") else layer["v_dim"] for name in group.names]
+        widths = [dim for dim in dims for _ in range(heads)]
+        matrix = read_record(cursor, tokens, widths, FLOAT_TYPES[TYPE_OF[obj.header["spec"]["dtype"]]])
+        edges = np.cumsum([0, *(heads * dim for dim in dims)])
+        for name, dim, first, last in zip(group.names, dims, edges, edges[1:], strict=False):
+            found[name, number] = matrix[:, first:last].reshape(tokens, heads, dim)
+        for _ in range(cursor.number("B")):
+            name = group.names[cursor.number("B")]
+            found[name + ".scale", number] = read_array(cursor)
+    cursor.end()
+    return found
+
+
+def read_array(cursor):
+    kind, dims = cursor.unpack("BB")
+    need(kind < len(FLOAT_TYPES) and dims <= 8, "an array's type or dimensions")
+    shape = cursor.unpack(f"{dims}I")
+    columns = (shape[-1] if shape else 0) or 1
+    while columns > 4096 and columns % 2 == 0:
+        columns //= 2
+    count = 1
+    for size in shape:
+        count *= size
+    need(count * FLOAT_TYPES[kind].size <= 1 << 30, "an array's size")
+    return read_record(cursor, count // columns, [columns], FLOAT_TYPES[kind]).reshape(shape)
+
+
+def read_record(cursor, rows, widths, kind):
+    """A matrix of the bits of floats, [rows, columns]; `widths` are the columns of each head."""
+    columns = sum(widths)
+    word = np.dtype(f"<u{kind.size}")
+    mode = cursor.number("B")
+    if mode == 0:
+        return np.frombuffer(cursor.take(rows * columns * kind.size), word).reshape(rows, columns)
+    need(mode in (1, 2) and rows * columns > 0, "mode")
+    body = Cursor(cursor.take(cursor.number("I")))
+    size = max(32, (1 << 19) // columns // 32 * 32)
+    blocks = [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    out = np.zeros((rows, columns), word)
+    if mode == 2:
+        sizes = body.unpack(f"{len(blocks) * kind.size}I")
+        for i, size in enumerate(sizes):
+            (first, last), byte = blocks[i // kind.size], i % kind.size
+            frame = body.take(size)
+            need(zstandard.get_frame_parameters(frame).content_size == (last - first) * columns, "a frame's size")
+            part = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
+            out[first:last] |= part.reshape(last - first, columns).astype(word) << word.type(8 * byte)
+    else:
+        read_planes(body, out, widths, kind, blocks)
+    body.end()
+    return out
+
+
+def read_planes(body, out, widths, kind, blocks):
+    rows, columns = out.shape
+    flags, log_alphabet, tables, low = body.unpack("BBBB")
+    tables += 1
+    omitted = [False, bool(flags & 4), bool(flags & 8)][: len(kind.planes)]
+    need(flags < (16 if kind.size == 4 else 4) and tables <= 16, "flags or tables")
+    need(log_alphabet in (4, 5, 6, 8) and log_alphabet <= kind.exponent_bits + kind.sign_in_symbol, "alphabet")
+    freqs = np.zeros((tables, 1 << log_alphabet), int)
+    for table in range(tables):
+        count = body.number("B") + 1
+        need(count <= 1 << log_alphabet, "frequencies")
+        freqs[table, :count] = body.unpack(f"{count}H")
+    bank = Bank(freqs, 0, [0] * tables, False, np.zeros(freqs.shape, np.float32), np.float32(0))
+
+    sides = len(widths) if flags & 1 else columns
+    if flags & 2:
+        bases = [low + b for b in body.take(sides)]
+        side = body.take(sides)
+        table_of, flip = [b & 127 for b in side], [b >> 7 for b in side]
+    else:
+        side = body.take(sides)
+        table_of, flip = [b & 15 for b in side], [b >> 7 for b in side]
+        bases = [low + (b >> 4 & (7 if kind.sign_in_symbol else 15)) for b in side]
+    repeat = widths if flags & 1 else [1] * columns
+    base = np.repeat(bases, repeat) % 256
+    flip = np.repeat(flip, repeat)
+    table_of = np.repeat(table_of, repeat)
+    need(table_of.max() < tables, "a side's table")
+
+    sizes = [body.unpack("II") for _ in blocks]
+    exceptions = [body.take(count) for _, count in sizes]
+    planes = []
+    for bits, gone in zip(kind.planes, omitted, strict=False):
+        if gone:
+            planes.append(np.zeros((rows, columns), np.uint64))
+            continue
+        width = -(-columns // (8 // bits))
+        raw = np.frombuffer(body.take(rows * width), np.uint8).reshape(rows, width)
+        c = np.arange(columns)
+        planes.append((raw[:, c % width] >> (bits * (c // width)) & ((1 << bits) - 1)).astype(np.uint64))
+
+    escape = (1 << log_alphabet >> kind.sign_in_symbol) - 1
+    for (first, last), (size, _), escaped in zip(blocks, sizes, exceptions, strict=True):
+        symbols = decode_matrix(body.take(size), (last - first, columns), bank, table_of)[1]
+        distance = symbols >> 1 if kind.sign_in_symbol else symbols
+        sign = (symbols & 1) ^ flip
+        if escape + 1 < 1 << kind.exponent_bits:
+            need((distance == escape).sum() == len(escaped), "exceptions")
+            need(all(d < 1 << kind.exponent_bits for d in escaped), "an exception")
+            distance[distance == escape] = list(escaped)
+        else:
+            need(not escaped, "exceptions")
+        exponent = ((base - distance) % (1 << kind.exponent_bits)).astype(np.uint64)
+        part = [plane[first:last] for plane in planes]
+        m = kind.mantissa_bits
+        if kind.sign_in_symbol:
+            mantissa = part[0] | (part[1] << np.uint64(8) if len(part) > 1 else np.uint64(0))
+            sign = sign.astype(np.uint64)
+        else:
+            top = kind.planes[0] - 1  # bits of the mantissa beside the sign
+            sign = part[0] >> np.uint64(top)
+            mantissa = (part[0] & np.uint64((1 << top) - 1)) << np.uint64(m - top)
+            for i, plane in enumerate(part[1:], 1):
+                mantissa |= plane << np.uint64(m - top - 8 * i)
+        word = sign << np.uint64(kind.exponent_bits + m) | exponent << np.uint64(m) | mantissa
+        out[first:last] = word.astype(out.dtype)
+
+
+# --------------------------------------------------------------------------- all of it
+CODECS = {
+    "cachegen": decode_cachegen,
+    "cachegen_public": decode_cachegen_public,
+    "channel": decode_channel,
+    "lossless": decode_lossless,
+}
+
+
+def decode(data, profile=None):
+    """Tensors of an object, as the bits of their dtype: {(layer, name): array [tokens, heads, dim]}."""
+    obj = read_object(data)
+    if profile is not None:
+        profile = read_profile(profile)
+        need(profile[2] == obj.header.get("profile"), "another profile than the object's")
+    found = {}
+    for group, segments in zip(obj.groups, obj.segments, strict=True):
+        entry = obj.header["codecs"][group.codec]
+        parts = CODECS[entry["id"]](obj, entry["config"], profile, group, segments)
+        for key, part in parts.items():
+            name, layer = key if isinstance(key, tuple) else (key, group.layers[0])
+            if part.dtype == np.float32:
+                part = to_dtype(part, obj.header["spec"]["dtype"])
+            found.setdefault((layer, name), []).append((group.heads[0], part))
+    return {
+        key: parts[0][1]
+        if len(parts) == 1
+        else np.concatenate([part for _, part in sorted(parts, key=lambda p: p[0])], axis=-2)
+        for key, parts in found.items()
+    }

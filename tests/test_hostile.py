@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import random
 import struct
 import tracemalloc
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cachegen.codec import Codec
 from cachegen.codecs.base import Group, LevelLoss
 from cachegen.container import CodecEntry, ObjectHeader, ObjectReader, trim, verify, write_object
 from cachegen.errors import (
@@ -24,7 +31,10 @@ from cachegen.errors import (
     FormatError,
     LimitExceeded,
     NotAnObject,
+    ProfileMismatch,
+    ProfileMissing,
     Truncated,
+    UnknownCodec,
     VersionError,
 )
 from cachegen.header import header_json
@@ -573,3 +583,123 @@ class TestTokenBombs:
     def test_other_ids_than_the_digest_says(self):
         with pytest.raises(FormatError, match="digest"):
             ObjectReader(forge(block=pack(tuple(reversed(IDS)))))
+
+
+# --------------------------------------------------------------------------- through the codecs
+VECTORS = Path(__file__).parent / "vectors"
+NAMES = sorted(path.stem for path in VECTORS.glob("*.kvc"))
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    """tests/vectors/make.py, which knows the model that the golden objects are of."""
+    spec = importlib.util.spec_from_file_location("make_vectors", VECTORS / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def golden(make: ModuleType, name: str) -> tuple[Codec, ObjectHeader, list[list[bytes]]]:
+    reader = ObjectReader((VECTORS / f"{name}.kvc").read_bytes())
+    codec_id, options, *_ = make.VECTORS[name]
+    codec = make.codec_of(codec_id, options, reader.header.spec)
+    return codec, reader.header, [[bytes(s) for s in part.segments] for part in reader.segments(reader.num_levels - 1)]
+
+
+class TestDecoding:
+    def same(self, make: ModuleType, codec: Codec, raw: bytes, want: dict[str, np.ndarray]) -> bool:
+        """Whether an object decodes to the wanted tensors; False if it is refused, as it may be."""
+        try:
+            found = make.bits(codec.decode(raw))
+        except FormatError:
+            return False
+        assert found.keys() == want.keys()
+        for key, array in want.items():
+            np.testing.assert_array_equal(found[key], array, err_msg=key)
+        return True
+
+    @pytest.mark.parametrize("name", ["channel-one", "lossless-fp8"])
+    def test_every_flipped_byte_and_every_truncation(self, make, name):
+        codec, _, _ = golden(make, name)
+        raw = (VECTORS / f"{name}.kvc").read_bytes()
+        want = make.bits(codec.decode(raw))
+        for at in range(len(raw)):
+            self.same(make, codec, raw[:at], want)
+            bad = bytearray(raw)
+            bad[at] ^= 1 << at % 8
+            self.same(make, codec, bytes(bad), want)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_some_flipped_bytes_and_truncations(self, make, name):
+        codec, _, _ = golden(make, name)
+        raw = (VECTORS / f"{name}.kvc").read_bytes()
+        want = make.bits(codec.decode(raw))
+        assert self.same(make, codec, raw, want)
+        for at in random.Random(name).sample(range(len(raw)), 25):
+            assert not self.same(make, codec, raw[:at], want) or at > len(raw) - 16
+            bad = bytearray(raw)
+            bad[at] ^= 0x55
+            self.same(make, codec, bytes(bad), want)
+
+    @pytest.mark.parametrize("forgeries", [40, pytest.param(2000, marks=pytest.mark.long)])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_forged_segments(self, make, name, forgeries):
+        """Segments altered under good checksums: refused, or decoded to some tensors; never anything else."""
+        codec, header, segments = golden(make, name)
+        rng = random.Random(name)
+        refused = 0
+        for _ in range(forgeries):
+            forged = [list(group) for group in segments]
+            group = rng.randrange(len(forged))
+            forged[group][0] = altered(forged[group][0], rng)
+            try:
+                codec.decode(write_object(header, forged))
+            except FormatError:
+                refused += 1
+        assert refused > forgeries // 10
+
+    @pytest.mark.parametrize("name", [n for n in NAMES if "-" not in n])
+    def test_segments_of_other_codecs(self, make, name):
+        codec, header, segments = golden(make, name)
+        for other in ("lossless", "channel", "cachegen_public", "cachegen"):
+            if other != header.codecs[0].codec_id:
+                forged = replace(header, codecs=(CodecEntry(other, {}), *header.codecs[1:]))
+                with pytest.raises((FormatError, ProfileMissing)):
+                    codec.decode(write_object(forged, segments))
+
+    def test_unknown_codecs(self, make):
+        codec, header, segments = golden(make, "channel")
+        forged = replace(header, codecs=(CodecEntry("nobody.codec", {}),))
+        with pytest.raises(UnknownCodec):
+            codec.decode(write_object(forged, segments))
+
+    @pytest.mark.parametrize("name", [n for n in NAMES if "-" not in n])
+    def test_nonsense_in_configs(self, make, name):
+        codec, header, segments = golden(make, name)
+        config = dict(header.codecs[0].config)
+        for key in (*config, "coder", "level", "levels", "profile", "self", "é"):
+            for value in TestJson.NONSENSE:
+                entry = CodecEntry(header.codecs[0].codec_id, config | {key: value})
+                raw = write_object(replace(header, codecs=(entry, *header.codecs[1:])), segments)
+                with suppress(FormatError, ProfileMismatch):
+                    codec.decode(raw)
+
+
+def altered(data: bytes, rng: random.Random) -> bytes:
+    """Bytes changed in one of the ways that break parsers."""
+    out = bytearray(data)
+    if not out or rng.random() < 0.1:
+        return bytes(out) + rng.randbytes(rng.randrange(1, 40))
+    if rng.random() < 0.2:
+        return bytes(out[: rng.randrange(len(out))])
+    near = min(len(out), rng.choice((8, 64, len(out))))  # heads and tables, more often than streams
+    for _ in range(rng.choice((1, 1, 2, 6))):
+        at = rng.randrange(min(near, len(out)))
+        if rng.random() < 0.7:
+            out[at] = rng.choice((out[at] ^ 1 << rng.randrange(8), 0, 255, rng.randrange(256)))
+        else:
+            size = rng.randrange(1, 30)
+            out[at : at + size] = out[(start := rng.randrange(len(out))) : start + size]
+    return bytes(out)

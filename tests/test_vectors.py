@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from cachegen.codecs.base import Group, LevelLoss
-from cachegen.container import CodecEntry, ObjectHeader, write_object
+from cachegen.container import CodecEntry, ObjectHeader, ObjectReader, verify, write_object
 from cachegen.keys import token_digest
 from cachegen.kv import KVSpec, LayerKind, LayerSpec, Lineage
 from cachegen.rope import Rope
@@ -18,15 +22,20 @@ from cachegen.rope import Rope
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    import sys
-
-    spec = importlib.util.spec_from_file_location("reference_decoder", HERE / "reference_decoder.py")
+def load(name: str, path: Path) -> ModuleType:
+    """A module from a file that isn't in a package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return load("reference_decoder", HERE / "reference_decoder.py")
 
 
 def headers() -> list[ObjectHeader]:
@@ -105,3 +114,89 @@ def test_the_plain_decoder_refuses_damage(reference):
             reference.read_object(bytes(bad))
     with pytest.raises(reference.Refused):
         reference.read_object(raw[:-1])
+
+
+# --------------------------------------------------------------------------- golden objects
+VECTORS = HERE / "vectors"
+NAMES = sorted(path.stem for path in VECTORS.glob("*.kvc"))
+ULPS = 1
+"""Units in the last place of a pair's larger number, by which rotated keys may differ between decoders."""
+
+
+@pytest.fixture(scope="module")
+def make() -> ModuleType:
+    """tests/vectors/make.py: the invented model, and what each vector was made with."""
+    return load("make_vectors", VECTORS / "make.py")
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    with np.load(VECTORS / f"{name}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def test_vectors_are_as_they_were_made():
+    manifest = json.loads((VECTORS / "manifest.json").read_text())
+    for name, digest in manifest.items():
+        assert hashlib.sha256((VECTORS / name).read_bytes()).hexdigest() == digest, name
+    assert {f"{name}.kvc" for name in NAMES} | {f"{name}.npz" for name in NAMES} <= set(manifest)
+
+
+def test_every_codec_has_vectors(make):
+    assert sorted(make.VECTORS) == NAMES
+    assert {codec for codec, *_ in make.VECTORS.values()} >= {"cachegen", "cachegen_public", "channel", "lossless"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_package_decodes_what_it_decoded_when_they_were_made(make, name):
+    data = (VECTORS / f"{name}.kvc").read_bytes()
+    codec_id, options, *_ = make.VECTORS[name]
+    verify(data)
+    chunk = make.codec_of(codec_id, options, ObjectReader(data).header.spec).decode(data)
+    close(make.bits(chunk), expected(name), chunk.spec)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_decoder_decodes_them_too(reference, make, name):
+    data = (VECTORS / f"{name}.kvc").read_bytes()
+    codec_id, options, *_ = make.VECTORS[name]
+    profile = None
+    if codec_id == "cachegen":
+        profile = (VECTORS / f"{make.profile_name(options)}.profile").read_bytes()
+    found = reference.decode(data, profile)
+    close(
+        {f"{layer}.{name}": array for (layer, name), array in found.items()},
+        expected(name),
+        ObjectReader(data).header.spec,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("lossless")])
+def test_lossless_vectors_hold_what_was_encoded(make, name):
+    original = make.bits(make.VECTORS[name][3]())
+    assert original.keys() == expected(name).keys()
+    for key, array in expected(name).items():
+        np.testing.assert_array_equal(array, original[key], err_msg=key)
+
+
+def close(found: dict[str, np.ndarray], want: dict[str, np.ndarray], spec: KVSpec) -> None:
+    """Equal bit for bit, but for keys that were rotated: these within ULPS of their pair's larger number."""
+    assert found.keys() == want.keys()
+    for key, array in want.items():
+        layer, name = key.split(".", 1)
+        assert found[key].dtype == array.dtype
+        if name != "k" or np.array_equal(found[key], array):
+            np.testing.assert_array_equal(found[key], array, err_msg=key)
+            continue
+        rope = spec.layers[int(layer)].rope
+        a, b = (
+            torch.from_numpy(x.astype(x.dtype.str.replace("u", "i"))).view(spec.torch_dtype).double()
+            for x in (found[key], array)
+        )
+        pair = b.abs()
+        half = rope.rotary_dim // 2
+        pairs = pair[..., : 2 * half]
+        pairs = pairs.unflatten(-1, (half, 2) if rope.interleaved else (2, half))
+        largest = pairs.amax(-1 if rope.interleaved else -2, keepdim=True).expand_as(pairs)
+        bound = ULPS * torch.finfo(spec.torch_dtype).eps * largest.flatten(-2)
+        assert ((a - b).abs()[..., : 2 * half] <= bound).all(), key
+        assert torch.equal(a[..., 2 * half :], b[..., 2 * half :]), key
