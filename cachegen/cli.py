@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -361,6 +362,7 @@ def calibrate(
 
     **Example:** `cachegen calibrate --model models/my-model --text prose.txt code.py --output my-model.profile`
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars would break into this one
     from .calibrate import calibrate as learn
 
     options = _options(option or [])

@@ -340,8 +340,7 @@ class KVStore:
                 len(ids) - 1 tokens, so that `generate` on all ids computes the last token itself.
                 None: load into a KVChunk.
             level: the quality to read; default this store's.
-            max_kl: instead of a level, take for each chunk the lowest level that states a KL of at most this (an
-                object per level: check that the stored one does).
+            max_kl: instead of a level, take the lowest one stored that states a KL of at most this.
             max_tokens: load at most this many tokens.
             extras: of this context, after the store's own.
             lineage: also take chunks that were saved with this lineage.
@@ -392,6 +391,8 @@ class KVStore:
             limit = min(limit, len(ids) - 1)
         wanted = level if level is not None else self.level
         work = _Load(self, ids, limit, self._checked_level(wanted), max_kl, strict, progress)
+        if max_kl is not None and not self.codec.embedded:
+            work.level = await work.clock.time("probe", self._lowest_level(work, extras, lineage, max_kl))
         parts = await work.clock.time("probe", self._find(ids, extras, work.level, lineage, limit))
         loaded = await work.run(parts, model)
         await self._mark_used(parts[: len(work.levels)])
@@ -413,6 +414,21 @@ class KVStore:
             tail = await self._find_tail(ids, start, extras, level, lineage)
             found += [tail] if tail is not None else []
         return found
+
+    async def _lowest_level(self, work: _Load, extras: Sequence[Extra], lineage: Lineage | None, max_kl: float) -> int:
+        """Of levels stored as objects of their own, the lowest whose first chunk states a KL of at most `max_kl`.
+
+        If none does, the finest stored (its chunks then are problems that say so), or this store's level.
+        """
+        best = work.level
+        for level in range(self.codec.num_levels):
+            first = await self._find(work.ids, extras, level, lineage, min(1, work.limit))
+            loss = await work.stated_loss(first[0]) if first else None
+            if loss is not None:
+                best = level
+                if loss <= max_kl:
+                    break
+        return best
 
     async def _find_tail(
         self, ids: Tensor, start: int, extras: Sequence[Extra], level: int, lineage: Lineage | None
@@ -600,6 +616,15 @@ class _Load:
         if first < size:
             reader.add(first, await self._read(key, first, size))
         return reader, top
+
+    async def stated_loss(self, key: ChunkKey) -> float | None:
+        """The KL that a chunk's object states for its finest level; None if it states none or can't be used."""
+        try:
+            reader = await self._open(key)
+        except _DAMAGED:  # met again, and reported, if this level is loaded
+            return None
+        self._opened[key.name] = reader
+        return reader.header.losses[-1].predicted_kl
 
     async def _open(self, key: ChunkKey) -> _PartReader:
         data = await self._read(key, 0, HEAD_READ)

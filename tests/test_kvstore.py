@@ -378,11 +378,24 @@ def test_a_quality_nobody_promises_is_a_problem(memory: MemoryStore) -> None:
         store.save(ids(40), context(40), level=0)
         assert store.load(ids(40), level=0, strict=True).num_tokens == 40
         assert not store.load(ids(40)), "another level is another object"
-        coarse = make(memory, "test.bylevel", level=0)
-        miss = coarse.load(ids(40), max_kl=0.1)
+        miss = store.load(ids(40), max_kl=0.1)
         assert not miss
         assert isinstance(miss.problems[0].error, QualityUnavailable)
-        coarse.close()
+        assert not make(memory, "test.bylevel", salt="other").load(ids(40), max_kl=0.1).problems
+
+
+def test_max_kl_among_objects_of_a_level_each(memory: MemoryStore, objects: SyncStore) -> None:
+    with make(memory, "test.bylevel") as store:
+        store.save(ids(40), context(40), level=0)
+        store.save(ids(60), context(60), level=1)
+        low = store.load(ids(60), max_kl=0.3)
+        assert (low.level, low.num_tokens, low.predicted_kl) == (0, 40, 0.25)
+        high = store.load(ids(60), max_kl=0.1)
+        assert (high.level, high.num_tokens, high.predicted_kl) == (1, 60, 0.0)
+        assert high.bytes_read == sum(objects.size(n) for n in chunk_names(objects) if n.endswith("-q1")) + min(
+            HEAD_READ, objects.size(next(n for n in chunk_names(objects) if n.endswith("-q0")))
+        )
+        assert store.load(ids(5), max_kl=0.3).num_tokens == 0
 
 
 def test_levels_of_their_own_objects(memory: MemoryStore, objects: SyncStore) -> None:
