@@ -58,7 +58,7 @@ class Options:
     normalisation: str = "layer"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group_length, int) or not 1 <= self.group_length <= MAX_GROUP:
+        if type(self.group_length) is not int or not 1 <= self.group_length <= MAX_GROUP:
             raise InputError(f"group_length: expected 1..{MAX_GROUP} tokens; got {self.group_length!r}")
         if not isinstance(self.delta, bool):
             raise InputError(f"delta: expected true or false; got {self.delta!r}")
@@ -142,7 +142,12 @@ class Model:
             bins = tuple(float(b) for b in parameters["bins"])
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileMismatch(f"profile: its cachegen parameters aren't well-formed ({error!r})") from error
-        if not all(0 < v < 1e6 for v in (*scales, *ranges, *bins)) or not scales or not 0 < self.rounding <= 0.5:
+        if (
+            not all(0 < v < 1e6 for v in (*scales, *ranges, *bins))
+            or not scales
+            or not bins
+            or not 0 < self.rounding <= 0.5
+        ):
             raise ProfileMismatch("profile: expected levels, and positive scales, ranges, bins and rounding")
         self.mean = _positive(profile, "mean", count, least=None)
         self.unit = _positive(profile, "unit", count)
