@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -139,6 +140,16 @@ def test_vectors_are_as_they_were_made():
     for name, digest in manifest.items():
         assert hashlib.sha256((VECTORS / name).read_bytes()).hexdigest() == digest, name
     assert {f"{name}.kvc" for name in NAMES} | {f"{name}.npz" for name in NAMES} <= set(manifest)
+
+
+def test_the_example_of_the_document_is_a_vector():
+    text = (HERE.parent / "docs" / "format.md").read_text().split("## Example")[1]
+    raw = (VECTORS / "channel-one.kvc").read_bytes()
+    lines = re.findall(r"^    ([0-9a-f]{4})  ([0-9a-f ]+)$", text, re.MULTILINE)
+    assert len(lines) > 8
+    for at, shown in lines:
+        part = bytes.fromhex(shown)
+        assert raw[int(at, 16) :][: len(part)] == part, at
 
 
 def test_every_codec_has_vectors(make):
