@@ -25,7 +25,9 @@ from ..errors import FormatError, InputError, LevelError, ProfileMismatch, Profi
 from ..kv import KVChunk, KVSpec
 from ..quantize import dead_zone, layer_bins, uniform
 from ..transforms.anchor_delta import anchors, join, num_anchors, others, subtract
+from . import torchac_matrix
 from .base import ChunkCodec, ChunkInfo, EncodedGroups, Group, GroupSegments, LevelLoss, Targets
+from .torchac_matrix import reconstruct
 
 if TYPE_CHECKING:
     from ..profile import ModelProfile
@@ -270,7 +272,7 @@ class CacheGen(ChunkCodec):
             if scale is not None:
                 delta = delta / scale.to(torch.float32)[:, None]
             values.append(dead_zone(delta, plan.delta_step, self.model.rounding))
-        streams = iter(rans.encode(values, [p.deltas for p in plans if p.deltas is not None], threads))
+        streams = iter(self._entropy_encode(values, [p.deltas for p in plans if p.deltas is not None], threads))
         sent = iter(scales)
         segments = []
         for plan, anchor in zip(plans, anchor_streams, strict=True):
@@ -291,7 +293,7 @@ class CacheGen(ChunkCodec):
             integers.append(q)
             specs.append(plan.anchors)
             references.append(reconstruct(q, plan.anchors) * plan.anchor_step + plan.mean)
-        streams = iter(rans.encode(integers, specs, threads))
+        streams = iter(self._entropy_encode(integers, specs, threads))
         return references, [b"" if plan.anchors is None else next(streams) for plan in plans]
 
     def _token_scales(self, delta: Tensor, plan: Plan) -> Tensor | None:
@@ -310,7 +312,7 @@ class CacheGen(ChunkCodec):
     def _decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
         read = [self._read(info, part) for part in parts]
         references = [torch.empty(p.anchors.tokens, p.anchors.components) for p, *_ in read if p.anchors is not None]
-        rans.decode_dequant(
+        self._entropy_decode(
             [stream for plan, stream, *_ in read if plan.anchors is not None],
             [plan.anchors for plan, *_ in read if plan.anchors is not None],
             [Dequant(plan.anchor_step, None, plan.mean) for plan, *_ in read if plan.anchors is not None],
@@ -318,7 +320,7 @@ class CacheGen(ChunkCodec):
             threads,
         )
         deltas = [torch.empty(p.deltas.tokens, p.deltas.components) for p, *_ in read if p.deltas is not None]
-        rans.decode_dequant(
+        self._entropy_decode(
             [stream for plan, _, _, stream in read if plan.deltas is not None],
             [plan.deltas for plan, *_ in read if plan.deltas is not None],
             [
@@ -367,6 +369,25 @@ class CacheGen(ChunkCodec):
             if not bool(torch.isfinite(scale).all()):
                 raise FormatError(f"{where}: expected finite token scales")
         return plan, data[start : start + length], scale, data[start + length :]
+
+    # ------------------------------------------------------------------ entropy coders
+    def _entropy_encode(self, values: Sequence[Tensor], specs: Sequence[MatrixSpec], threads: int) -> list[bytes]:
+        if self.coder == "torchac":
+            return torchac_matrix.encode(values, specs)
+        return rans.encode(values, specs, threads)
+
+    def _entropy_decode(
+        self,
+        data: Sequence[memoryview],
+        specs: Sequence[MatrixSpec],
+        dequants: Sequence[Dequant],
+        out: Sequence[Tensor],
+        threads: int,
+    ) -> None:
+        if self.coder == "torchac":
+            torchac_matrix.decode_dequant(data, specs, dequants, out)
+        else:
+            rans.decode_dequant(data, specs, dequants, out, threads)
 
     # ------------------------------------------------------------------ plans
     def _plan(self, spec: KVSpec, num_tokens: int, group: Group, level: int) -> Plan:
@@ -438,19 +459,6 @@ def group_rows(chunk: KVChunk, group: Group) -> Tensor:
     start = min(chunk.heads[0], chunk.spec.layers[layer].kv_heads)
     tensors = [chunk.layers[layer].tensors[name][:, first - start : last - start] for name in group.names]
     return torch.cat([tensor.to(torch.float32).flatten(1) for tensor in tensors], 1)
-
-
-def reconstruct(q: Tensor, spec: MatrixSpec) -> Tensor:
-    """Reconstruction points, fp32, of integers [tokens, components], as the native coder gives them."""
-    bank = spec.bank
-    ids = torch.from_numpy(spec.table_ids.astype(np.int64))
-    low = torch.from_numpy(bank.low_bits.astype(np.int32))[ids]
-    symbol = (q >> low) + bank.offset
-    inside = (symbol >= 0) & (symbol < bank.alphabet - bank.escape) & (low == 0)
-    slot = ids * bank.alphabet + torch.where(inside, symbol, 0)
-    coded = inside & (torch.from_numpy(bank.freqs.astype(np.int32)).flatten()[slot] > 0)
-    wide = q.to(torch.float32) + torch.sign(q) * bank.escape_bias
-    return torch.where(coded, torch.from_numpy(bank.recon.copy()).flatten()[slot], wide)
 
 
 def _positive(profile: ModelProfile, name: str, count: int, least: float | None = 0.0) -> Tensor:

@@ -409,6 +409,39 @@ def test_values_beyond_the_integers_are_refused() -> None:
     assert chunk.num_tokens == 20
 
 
+# --------------------------------------------------------------------------- torchac
+@pytest.mark.long
+@pytest.mark.parametrize("level", [0, 4, 7])
+def test_torchac_codes_the_same_numbers(level: int) -> None:
+    pytest.importorskip("torchac")
+    chunk = invented(40, 8)
+    chunk.layers[0].tensors["k"][3, 1, 2] = 300.0
+    native, size = roundtrip(CacheGen(profile()), chunk, level)
+    paper, paper_size = roundtrip(CacheGen(profile(), coder="torchac"), chunk, level)
+    for layer in (0, 2):
+        for name in ("k", "v"):
+            assert torch.equal(paper.layers[layer].tensors[name], native.layers[layer].tensors[name])
+    assert 0.7 * size < paper_size < size  # no lanes, so no states
+
+
+@pytest.mark.long
+def test_torchac_segments_are_checked() -> None:
+    pytest.importorskip("torchac")
+    codec = CacheGen(profile(), coder="torchac")
+    group = codec.groups(SPEC, (0, 2))[0]
+    segment = codec.encode(invented(12, 3), [group], 7, 1).segments[0][0]
+    assert torch.isfinite(_decode(codec, segment, group)[0, "k"]).all()
+    for size in (8, 9, 40, len(segment) - 1):
+        with pytest.raises(FormatError):
+            _decode(codec, segment[:size], group)
+    with pytest.raises(FormatError):
+        _decode(codec, segment + b"\0", group)
+    broken = invented(12)
+    broken.layers[0].tensors["k"][0, 0, 0] = 3e38
+    with pytest.raises(CapacityError):
+        codec.encode(broken, [group], 7, 1)
+
+
 # --------------------------------------------------------------------------- hostile segments
 def _decode(codec: Any, data: bytes, group: Group, tokens: int = 12) -> dict[tuple[int, str], torch.Tensor]:
     chunk = invented(tokens, 3)
