@@ -303,8 +303,9 @@ def test_moves_that_would_change_frequencies_are_refused() -> None:
             move(torch.randn(len(source), 1, 2), at(source), at(target), longrope)
     dynamic = Rope((0.5,), rotary_dim=2, kind="dynamic", switch_at=8)
     check_move(dynamic, at([0, 7, 20]), at([1, 2, 20]))
-    with pytest.raises(PositionError, match="dynamic"):
-        check_move(dynamic, at([9]), at([10]))
+    for source, target in ((9, 10), (7, 8), (8, 7)):
+        with pytest.raises(PositionError, match=f"dynamic.* from {source} to {target}"):
+            check_move(dynamic, at([source]), at([target]))
     check_move(Rope((0.5,), rotary_dim=2), at([0]), at([1 << 40]))
     check_move(None, at([0]), at([5]))
     with pytest.raises(ShapeError, match="one length"):
@@ -372,5 +373,7 @@ def test_hostile_json_is_refused_or_read(field: str, value: Any, drop: bool) -> 
 def test_hostile_fields(field: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="rope"):
         Rope.from_json({**GOOD, field: value})
+    with pytest.raises(FormatError, match="needs switch_at"):
+        Rope.from_json({key: value for key, value in GOOD.items() if key != "switch_at"})
     with pytest.raises(FormatError, match="object"):
         Rope.from_json([])  # type: ignore[arg-type]
