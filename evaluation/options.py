@@ -15,7 +15,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cachegen.errors import InputError
 
@@ -130,6 +138,18 @@ def progress(quiet: bool = False) -> Progress:
     )
 
 
+def calibration_bars(bar: Progress) -> Callable[[str, int, int], None]:
+    """A callback for calibration that gives each of its stages a bar of its own."""
+    tasks: dict[str, TaskID] = {}
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(f"calibrating: {stage}", total=total)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    return tell
+
+
 __all__ = [
     "ConfigFile",
     "ExportConfig",
@@ -138,6 +158,7 @@ __all__ = [
     "OutputFormat",
     "Quiet",
     "Seed",
+    "calibration_bars",
     "export",
     "finish",
     "is_default",

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from cachegen.errors import InputError
@@ -30,6 +29,7 @@ from .options import (
     OutputFormat,
     Quiet,
     Seed,
+    calibration_bars,
     export,
     finish,
     is_default,
@@ -387,7 +387,7 @@ def run(
     tasks = task_contexts(runner.tokenizer, plan.cases, min(768, plan.tokens), plan.seed) if plan.cases else []
     texts = corpora.describe(contexts)
     with progress(quiet) as bar:
-        made = make_schemes(schemes, model, plan, _calibration_steps(bar))
+        made = make_schemes(schemes, model, plan, calibration_bars(bar))
         settings = [Setting(scheme, level) for scheme in made.values() for level in scheme.levels]
         kept_for = {"model": str(model), "schemes": list(schemes), **vars(plan), **texts, "code": source_digest()}
         rows = RowCache(folder or cache_folder() / "bench", "quality", kept_for)
@@ -415,17 +415,6 @@ def run(
 def _profile_of(scheme: Scheme) -> str | None:
     profile = getattr(getattr(scheme, "codec", None), "profile", None)
     return None if profile is None else str(profile.hash)
-
-
-def _calibration_steps(bar: Progress) -> Callable[[str, int, int], None]:
-    tasks: dict[str, Any] = {}
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(f"calibrating: {stage}", total=total)
-        bar.update(tasks[stage], completed=done, total=total)
-
-    return tell
 
 
 def show(result: Result, console: Console) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cachegen.errors import InputError
+from cachegen.errors import InputError, NativeMissing
 
 GIB = 1 << 30
 
@@ -38,8 +38,8 @@ class Host(BaseModel):
 
     @classmethod
     def here(cls, device: str = "cpu", isa: str | None = None) -> Host:
-        """This machine. `isa` where the caller knows what its native code ran on; else the widest the CPU has."""
-        return cls(cpu=_cpu_name(), isa=isa or widest_isa(), cores=usable_cores(), memory=_memory(), device=device)
+        """This machine. `isa`: what native code runs on, if the caller knows better than the coder itself."""
+        return cls(cpu=_cpu_name(), isa=isa or coder_isa(), cores=usable_cores(), memory=_memory(), device=device)
 
 
 class Result(BaseModel):
@@ -201,6 +201,16 @@ def _cpuinfo(field: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def coder_isa() -> str:
+    """The instruction set that the entropy coder uses in this process; the CPU's widest where it isn't built."""
+    from cachegen.entropy import rans
+
+    try:
+        return rans.isa()
+    except NativeMissing:
+        return widest_isa()
 
 
 def widest_isa() -> str:
