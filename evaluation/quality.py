@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -418,46 +419,37 @@ def _profile_of(scheme: Scheme) -> str | None:
 
 
 def show(result: Result, console: Console) -> None:
-    """Print a result's rows and its bits at equal KL."""
+    """Print a result's rows and its bits at equal KL; narrow terminals get the columns that matter most."""
     cases = result.summary.get("needle_cases")
     title = f"{result.config['model']}: {result.config['contexts']} contexts of {result.config['tokens']} tokens"
-    table = Table(title=title + (f", {cases:.0f} retrieval cases" if cases else ""))
-    for name in (
-        "scheme",
-        "level",
-        "bits",
-        "ratio",
-        "KL",
-        "95 %",
-        "p95",
-        "worst",
-        "top-1",
-        "NLL",
-        "needle",
-        "diverges",
-    ):
-        table.add_column(name, justify="left" if name in ("scheme", "level") else "right")
-    before = None
-    for row in result.rows:
-        if before is not None and row["scheme"] != before:
-            table.add_section()
-        before = row["scheme"]
-        table.add_row(
-            str(row["scheme"]),
-            str(row["level"]),
-            _shown(row.get("bits_per_element"), ".2f"),
-            _shown(row.get("ratio"), ".1f"),
-            _shown(row["kl"], ".5f"),
-            f"{row['kl_low']:.5f}-{row['kl_high']:.5f}",
-            _shown(row["kl_p95"], ".5f"),
-            _shown(row["kl_worst"], ".5f"),
-            _shown(row["top1_agreement"], ".3f"),
-            _shown(row["nll_delta"], "+.4f"),
-            _shown(row.get("needle"), ".3f"),
-            _shown(row.get("first_divergence"), ".0f"),
-        )
+    console.print(f"\n[bold]{title}[/]" + (f", {cases:.0f} retrieval cases" if cases else ""))
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("scheme", lambda row: str(row["scheme"])),
+        ("level", lambda row: str(row["level"])),
+        ("bits", lambda row: _shown(row.get("bits_per_element"), ".2f")),
+        ("ratio", lambda row: _shown(row.get("ratio"), ".1f")),
+        ("KL", lambda row: _shown(row["kl"], ".2g")),
+        ("worst", lambda row: _shown(row["kl_worst"], ".2g")),
+        ("top-1", lambda row: _shown(row["top1_agreement"], ".3f")),
+        ("needle", lambda row: _shown(row.get("needle"), ".3f")),
+    ]
+    if console.width >= 110:
+        columns[5:5] = [
+            ("95 %", lambda row: f"{row['kl_low']:.2g} .. {row['kl_high']:.2g}"),
+            ("p95", lambda row: _shown(row["kl_p95"], ".2g")),
+        ]
+        columns += [
+            ("NLL", lambda row: _shown(row["nll_delta"], "+.4f")),
+            ("diverges at", lambda row: _shown(row.get("first_divergence"), ".0f")),
+        ]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name in ("scheme", "level") else "right", no_wrap=True)
+    for row, following in zip(result.rows, [*result.rows[1:], None], strict=True):
+        last = following is None or following["scheme"] != row["scheme"]
+        table.add_row(*(cell(row) for _, cell in columns), end_section=last)
     console.print(table)
-    targets = Table(title="bits per element at equal KL")
+    targets = Table(title="Bits per element at equal KL", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     targets.add_column("scheme")
     for target in TARGETS:
         targets.add_column(f"KL {target}", justify="right")
