@@ -125,7 +125,10 @@ def text_config(config: Any) -> Any:
 
 
 def spec_from_config(config: Any, dtype: str | torch.dtype | None = None) -> KVSpec:
-    """The spec of a model's cache, as transformers and vLLM keep it.
+    """The spec of a model's cache, as transformers keeps it.
+
+    Other engines keep the same numbers, with one exception among these families: vLLM leaves the rope part of
+    DeepSeek-V3's latent cache interleaved, so that its specs need `interleaved=True` in the layers' ropes.
 
     Args:
         config: a `PretrainedConfig`, a `RawConfig` or the mapping of a config.json; multimodal ones by their text part.
