@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from .tables import BUILTIN_ROUNDING, BUILTIN_SHAPES, BUILTIN_TABLES, Density, TableBank, builtin_sigma, density_bank
@@ -12,9 +13,9 @@ SHAPE_PARAMETERS = dict(zip(BUILTIN_SHAPES, (1.0, 1.4, 2.0), strict=True))
 WIDTH = 100
 
 
-def make(shape: str) -> TableBank:
-    """The built-in bank of a shape, computed anew."""
-    sigmas = [builtin_sigma(i) for i in range(BUILTIN_TABLES)]
+def make(shape: str, indices: Sequence[int] = range(BUILTIN_TABLES)) -> TableBank:
+    """The built-in bank of a shape (or some of its tables), computed anew."""
+    sigmas = [builtin_sigma(i) for i in indices]
     return density_bank(Density.generalized_gaussian(SHAPE_PARAMETERS[shape]), sigmas, BUILTIN_ROUNDING)
 
 

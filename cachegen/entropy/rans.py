@@ -375,7 +375,7 @@ def _run_decode(
 
 
 def _raise(
-    what: str, code: int, fault: Sequence[int], items: Sequence[object], specs: Sequence[MatrixSpec]
+    what: str, code: int, fault: ctypes.Array[ctypes.c_int64], items: Sequence[object], specs: Sequence[MatrixSpec]
 ) -> NoReturn:
     job, stream, token, component = (int(v) for v in fault)
     where = f"{what}: matrix {job} of {len(specs)}" + (f", stream {stream}" if stream >= 0 else "")
@@ -388,8 +388,8 @@ def _raise(
         ]
         raise CapacityError(
             f"{where}: value {int(values[token, component])} of token {token}, component {component} can't be coded "
-            f"by table {int(table)} ({'beyond 16 bits' if spec.bank.escape else 'the bank has no escape'}); clip it, or "
-            "use a bank with an escape or more low bits",
+            f"by table {int(table)} ({'beyond 16 bits' if spec.bank.escape else 'the bank has no escape'}); clip it, "
+            "or use a bank with an escape or more low bits",
             token=token,
             component=component,
             **details,

@@ -364,7 +364,7 @@ def quantizer_bins(
     mass, moment = density.above(edges / sigma)
     inside, weighted = mass[:-1] - mass[1:], sigma * (moment[:-1] - moment[1:])
     # A bin too far out to have mass is never met; its middle is as good a point as any.
-    centroids = np.arange(most + 1) + (0.5 - rounding)
+    centroids = np.arange(most + 1, dtype=np.float64) + (0.5 - rounding)
     known = inside > 1e-12
     centroids[known] = weighted[known] / inside[known]
     centroids[0] = 0.0
@@ -413,7 +413,7 @@ def density_bank(density: Density, sigmas: ArrayLike, rounding: float, alphabet:
     """
     rows = []
     for sigma in np.asarray(sigmas, np.float64):
-        tables = (density_table(density, float(sigma), rounding, alphabet, k) + (k,) for k in range(MAX_LOW_BITS + 1))
+        tables = ((*density_table(density, float(sigma), rounding, alphabet, k), k) for k in range(MAX_LOW_BITS + 1))
         rows.append(min(tables, key=lambda table: table[2]))
     return TableBank(
         np.stack([freqs for freqs, _, _, _ in rows]),
@@ -444,7 +444,8 @@ def builtin_index(sigma: ArrayLike) -> NDArray[np.uint16]:
     """Scale indices of the tables nearest to deviations in steps (any shape); beyond the grid, its ends."""
     with np.errstate(divide="ignore"):
         index = np.round(4 * np.log2(np.asarray(sigma, np.float64)) + 12)
-    return np.clip(np.nan_to_num(index), 0, BUILTIN_TABLES - 1).astype(np.uint16)
+    clipped: NDArray[np.float64] = np.clip(np.nan_to_num(index), 0, BUILTIN_TABLES - 1)
+    return clipped.astype(np.uint16)
 
 
 @cache

@@ -19,7 +19,7 @@ def library() -> ctypes.CDLL:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeMissing(
-            f"the native library can't be loaded ({error}): install a wheel, or build with a C++ compiler: pip install ."
+            f"the native library can't be loaded ({error}): install a wheel, or build it with g++: pip install ."
         ) from error
     lib.cg_crc32c.restype = ctypes.c_uint32
     lib.cg_crc32c.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]

@@ -27,6 +27,7 @@ ALWAYS V load(const void *p) { return _mm512_loadu_si512(p); }
 ALWAYS void store(void *p, V v) { _mm512_storeu_si512(p, v); }
 ALWAYS V low_half_words(V v) { return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)); }
 ALWAYS V high_half_words(V v) { return _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)); }
+ALWAYS __mmask32 first_lanes(int count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); }
 ALWAYS V join_halves(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
 // t[index] of a table of A dwords in registers; index bits above the alphabet's are ignored.
@@ -423,7 +424,7 @@ struct Avx512 {
                           int active) {
     V a[K], b[K];
     const uint8_t *p[K];
-    const __mmask32 lanes = active == kLanes ? ~0u : (1u << active) - 1;
+    const __mmask32 lanes = first_lanes(active);
     for (int i = 0; i < K; i++) {
       a[i] = load(cursor[i].x);
       b[i] = load(cursor[i].x + 16);
@@ -492,7 +493,7 @@ struct Avx512 {
                  _mm512_setzero_ps(),
                  job.type};
     if (r.by_token) {
-      const uint32_t lanes = active == kLanes ? ~0u : (1u << active) - 1;
+      const uint32_t lanes = first_lanes(active);
       r.token_a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), job.token_scale + block * kLanes);
       if (active > 16) r.token_b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), job.token_scale + block * kLanes + 16);
     }
@@ -511,7 +512,7 @@ struct Avx512 {
         for (int c = 0; c < n; c++) rows[c] = _mm512_sub_epi16(_mm512_and_si512(load(tile.symbol[c]), mask), offset);
       } else {
         V beyond = _mm512_setzero_si512();
-        const uint32_t lanes = active == kLanes ? ~0u : (1u << active) - 1;
+        const uint32_t lanes = first_lanes(active);
         for (int c = 0; c < n; c++) {
           V a, b;
           int_halves<A, kExtra>(tile, c, job.bank, a, b);
@@ -643,7 +644,7 @@ struct Avx512 {
       const V words = _mm512_maskz_compress_epi16(escaped, load(tile.high[c]));
       const int count = __builtin_popcount(escaped);
       p -= 2 * count;
-      _mm512_mask_storeu_epi16(p, static_cast<__mmask32>(_bzhi_u32(~0u, static_cast<unsigned>(count))), words);
+      _mm512_mask_storeu_epi16(p, first_lanes(count), words);
     }
     V low = load(tile.low[c]);
     if (active < kLanes) low = _mm512_maskz_mov_epi16((1u << active) - 1, low);
@@ -665,7 +666,7 @@ struct Avx512 {
     V a[K], b[K];
     uint8_t *p[K];
     __mmask32 bad[K];
-    const __mmask32 lanes = active == kLanes ? ~0u : (1u << active) - 1;
+    const __mmask32 lanes = first_lanes(active);
     const V low_word = _mm512_set1_epi32(0xffff), zero = _mm512_setzero_si512();
     for (int i = 0; i < K; i++) {
       a[i] = load(x[i]);
@@ -710,10 +711,10 @@ struct Avx512 {
           mb &= static_cast<__mmask16>(lanes >> 16);
         }
         const __mmask32 m = _mm512_kunpackw(mb, ma);
-        const auto count = static_cast<unsigned>(__builtin_popcount(m));
+        const int count = __builtin_popcount(m);
         const V words = join_halves(_mm512_cvtepi32_epi16(a[i]), _mm512_cvtepi32_epi16(b[i]));
         p[i] -= 2 * count;
-        _mm512_mask_storeu_epi16(p[i], static_cast<__mmask32>(_bzhi_u32(~0u, count)), _mm512_maskz_compress_epi16(m, words));
+        _mm512_mask_storeu_epi16(p[i], first_lanes(count), _mm512_maskz_compress_epi16(m, words));
         const V xa = _mm512_mask_srli_epi32(a[i], ma, a[i], 16), xb = _mm512_mask_srli_epi32(b[i], mb, b[i], 16);
         const float *inverse = bank[i]->inverse + table * A;
         V ra, rb;
