@@ -87,7 +87,7 @@ def calibrate(
         InputError: too little text, or options that aren't the codec's.
         UnsupportedModel, MissingExtra.
     """
-    fit = _fitter(codec)
+    fit = _fitter(codec, options or {})
     if tokens < LEAST_TOKENS or chunk_size < 1:
         raise InputError(
             f"calibrate: expected at least {LEAST_TOKENS} tokens and chunks of 1; got {tokens}, {chunk_size}"
@@ -119,10 +119,13 @@ def calibrate(
     return profile
 
 
-def _fitter(codec: str) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+def _fitter(codec: str, options: Mapping[str, Any]) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+    """The codec's `fit`; its options are checked before anything is computed."""
     if codec == "cachegen":
+        from .codecs.cachegen import Options
         from .codecs.cachegen_fit import fit
 
+        Options.of(options)
         return fit
     if codec in codec_ids():
         raise UnknownCodec(f"calibrate: codec {codec!r} learns nothing of a model; expected cachegen")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +58,15 @@ class Options:
     group_length: int = 10
     delta: bool = True
     normalisation: str = "layer"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Options:
+        """Options by name; those left out have their defaults. Raises InputError, also on names that aren't any."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(f"cachegen options: expected {', '.join(known)}; got {name!r}")
+        return cls(**values)
 
     def __post_init__(self) -> None:
         if type(self.group_length) is not int or not 1 <= self.group_length <= MAX_GROUP:

@@ -72,7 +72,7 @@ def fit(
     Raises:
         InputError: no chunks, or options that aren't.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     channels = ChannelMap(spec)
     groups = layer_groups(spec, (0, spec.kv_heads))
     moments = _moments(chunks, channels, groups, chosen)

@@ -6,8 +6,7 @@ The symbols are those that the native coder codes, under the same tables. Bytes:
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +15,12 @@ from torch import Tensor
 
 from ..entropy import torchac
 from ..entropy.rans import Dequant, MatrixSpec
-from ..entropy.tables import TableBank
+from ..entropy.tables import PROB_BITS
 from ..errors import CapacityError, CorruptStream, Truncated
 
-_HEAD = struct.Struct("<I")
+PART_ENTRIES = 1 << 22
+"""Entries of the tables that are expanded at once."""
+_LENGTH = struct.Struct("<I")
 _ESCAPES = 32768
 
 
@@ -57,11 +58,48 @@ def reconstruct(q: Tensor, spec: MatrixSpec) -> Tensor:
     return torch.where(coded, torch.from_numpy(bank.recon.copy()).flatten()[slot], wide)
 
 
-def _plain(spec: MatrixSpec) -> MatrixSpec:
-    """The same tables, with the escape as a symbol like any other and no low bits."""
-    bank = spec.bank
-    low_bits = np.zeros(bank.tables, np.uint8)
-    return replace(spec, bank=TableBank(bank.freqs, bank.offset, low_bits, False, bank.recon))
+def _cumulative(spec: MatrixSpec) -> Tensor:
+    """Cumulative frequencies of each table, 16 bits, 65536 written as 0, as torchac wants them: int16 [tables, A + 1].
+
+    torchac can't tell symbols of frequency 0 from their neighbours: they get 1, off the likeliest symbol's.
+    """
+    freqs = spec.bank.freqs.astype(np.int64) << (torchac.PRECISION - PROB_BITS)
+    none = freqs == 0
+    freqs[none] = 1
+    freqs[np.arange(len(freqs)), freqs.argmax(1)] -= none.sum(1)
+    cumulative = np.concatenate([np.zeros((len(freqs), 1), np.int64), freqs.cumsum(1)], 1)
+    return torch.from_numpy(cumulative.astype(np.uint16).view(np.int16))
+
+
+def _parts(spec: MatrixSpec) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a matrix whose expanded tables fit in memory, and those tables: int16 [rows * components, A + 1]."""
+    row = _cumulative(spec)[torch.from_numpy(spec.table_ids.astype(np.int64))]
+    size = max(1, PART_ENTRIES // row.numel())
+    for first in range(0, spec.tokens, size):
+        rows = slice(first, min(first + size, spec.tokens))
+        yield rows, row.repeat(rows.stop - first, 1)
+
+
+def _encode_symbols(symbols: Tensor, spec: MatrixSpec) -> bytes:
+    """int16 [tokens, components] as parts, each a u32 length and torchac's bytes."""
+    parts = []
+    for rows, tables in _parts(spec):
+        part = torchac.encode_symbols(tables, symbols[rows].flatten())
+        parts += [_LENGTH.pack(len(part)), part]
+    return b"".join(parts)
+
+
+def _decode_symbols(data: bytes, spec: MatrixSpec) -> tuple[Tensor, int]:
+    """int16 [tokens, components], and the bytes that they took."""
+    symbols = torch.empty(spec.tokens, spec.components, dtype=torch.int16)
+    at = 0
+    for rows, tables in _parts(spec):
+        if len(data) < at + _LENGTH.size or len(data) < at + _LENGTH.size + _LENGTH.unpack_from(data, at)[0]:
+            raise Truncated(f"torchac: expected a length and as many bytes at {at}; got {len(data)} bytes")
+        start = at + _LENGTH.size
+        at = start + _LENGTH.unpack_from(data, at)[0]
+        symbols[rows] = torchac.decode_symbols(tables, data[start:at]).view(-1, spec.components)
+    return symbols, at
 
 
 def _encode(q: NDArray[np.int64], spec: MatrixSpec) -> bytes:
@@ -76,21 +114,15 @@ def _encode(q: NDArray[np.int64], spec: MatrixSpec) -> bytes:
         possible = bank.escape and bool((bank.freqs[spec.table_ids, -1] > 0)[np.nonzero(escaped)[1]].all())
         if not possible or not ((high[escaped] >= -_ESCAPES) & (high[escaped] < _ESCAPES)).all():
             raise CapacityError("torchac: a value is beyond the escape's 16 bits, or there is no escape; clip it")
-    coded = torchac.encode(
-        torch.from_numpy(np.where(escaped, bank.alphabet - 1, symbols).astype(np.uint8)), _plain(spec)
-    )
+    coded = _encode_symbols(torch.from_numpy(np.where(escaped, bank.alphabet - 1, symbols).astype(np.int16)), spec)
     raw = _pack((q - (high << low)), low)
-    return _HEAD.pack(len(coded)) + coded + high[escaped].astype("<i2").tobytes() + raw
+    return b"".join((coded, high[escaped].astype("<i2").tobytes(), raw))
 
 
 def _decode(data: bytes, spec: MatrixSpec) -> NDArray[np.int32]:
     bank = spec.bank
     low = bank.low_bits[spec.table_ids].astype(np.int64)
-    if len(data) < _HEAD.size or len(data) < _HEAD.size + _HEAD.unpack_from(data)[0]:
-        raise Truncated(f"torchac: expected a length and as many bytes; got {len(data)} bytes")
-    end = _HEAD.size + _HEAD.unpack_from(data)[0]
-    symbols = torch.empty(spec.tokens, spec.components, dtype=torch.uint8)
-    torchac.decode(data[_HEAD.size : end], _plain(spec), symbols)
+    symbols, end = _decode_symbols(data, spec)
     high = symbols.numpy().astype(np.int64) - bank.offset
     escaped = (high == bank.alphabet - 1 - bank.offset) if bank.escape else np.zeros(high.shape, bool)
     count, bits = int(escaped.sum()), spec.tokens * int(low.sum())
@@ -106,7 +138,7 @@ def _decode(data: bytes, spec: MatrixSpec) -> NDArray[np.int32]:
 def _pack(raw: NDArray[np.int64], low: NDArray[np.int64]) -> bytes:
     """Low bits of a matrix, value by value in row order, least significant bit first, eight to a byte."""
     planes = [(raw[:, c] >> bit) & 1 for c in range(raw.shape[1]) for bit in range(int(low[c]))]
-    return bytes(np.packbits(np.stack(planes, 1), bitorder="little").data) if planes else b""
+    return np.packbits(np.stack(planes, 1), bitorder="little").tobytes() if planes else b""
 
 
 def _unpack(data: NDArray[np.uint8], low: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:

@@ -421,7 +421,7 @@ def test_torchac_codes_the_same_numbers(level: int) -> None:
     for layer in (0, 2):
         for name in ("k", "v"):
             assert torch.equal(paper.layers[layer].tensors[name], native.layers[layer].tensors[name])
-    assert 0.7 * size < paper_size < size  # no lanes, so no states
+    assert 0.5 * size < paper_size < size  # no lanes, so no states
 
 
 @pytest.mark.long
