@@ -18,6 +18,8 @@ from ..entropy.tables import (
     BUILTIN_ROUNDING,
     BUILTIN_SHAPES,
     BUILTIN_TABLES,
+    ESCAPE_BITS,
+    PROB_BITS,
     TableBank,
     builtin_bank,
     builtin_index,
@@ -34,7 +36,7 @@ BAND = 480
 BAND_ELEMENTS = 1 << 19
 MEAN_STEPS = 8
 """Means are multiples of step / 8."""
-_SHORT = 64  # tokens; shorter bands try every mode
+_SHORT = 96  # tokens; shorter bands try every mode, and tables by their cost
 _CENTRE = BUILTIN_TABLES  # first table of the middle shape, which side information is coded with
 
 
@@ -76,27 +78,30 @@ class _Side:
     index: NDArray[np.int64]
     mean: NDArray[np.int64] | None
 
-    def tables(self, weights: Sequence[int]) -> NDArray[np.uint16]:
-        """Table ids [blocks, channels], or [channels] where all blocks have one weight."""
-        shift = 2 * np.array(weights if len(set(weights)) > 1 else weights[:1], dtype=np.int64)
-        index = np.clip(self.index + shift[:, None], 0, BUILTIN_TABLES - 1)
-        ids: NDArray[np.uint16] = (self.shape * BUILTIN_TABLES + index).astype(np.uint16)
-        return ids if len(shift) > 1 else ids[0]
-
     def bias(self) -> NDArray[np.float32] | None:
         if self.mean is None:
             return None
         return (self.mean * (self.step / MEAN_STEPS)).astype(np.float32)
 
-    def dequant(self, weights: Sequence[int]) -> rans.Dequant:
-        channels = len(self.index)
-        scales = np.array([block_step(self.step, w) for w in weights], dtype=np.float32)
-        if len(set(weights)) == 1:
-            scale = torch.full((channels,), float(scales[0]))
-        else:
-            scale = torch.from_numpy(scales)[:, None].expand(-1, channels).contiguous()
-        bias = self.bias()
-        return rans.Dequant(scale, None, None if bias is None else torch.from_numpy(bias))
+
+def _tables(sides: Sequence[_Side], weights: Sequence[int]) -> NDArray[np.uint16]:
+    """Table ids [blocks, channels] of tensors side by side, or [channels] where all blocks have one weight."""
+    shift = 2 * np.array(weights if len(set(weights)) > 1 else weights[:1], dtype=np.int64)
+    shape, index = (np.concatenate(part) for part in zip(*((s.shape, s.index) for s in sides), strict=True))
+    index = np.clip(index + shift[:, None], 0, BUILTIN_TABLES - 1)
+    ids: NDArray[np.uint16] = (shape * BUILTIN_TABLES + index).astype(np.uint16)
+    return ids if len(shift) > 1 else ids[0]
+
+
+def _dequant(sides: Sequence[_Side], weights: Sequence[int]) -> rans.Dequant:
+    """Scales and biases of tensors side by side."""
+    rows = weights if len(set(weights)) > 1 else weights[:1]
+    channels = [len(side.index) for side in sides]
+    scales = np.array([[block_step(side.step, w) for side in sides] for w in rows], dtype=np.float32)
+    scale = torch.from_numpy(np.repeat(scales, channels, axis=1))
+    biases = [side.bias() for side in sides]
+    bias = None if biases[0] is None else torch.from_numpy(np.concatenate([b for b in biases if b is not None]))
+    return rans.Dequant(scale if len(rows) > 1 else scale[0], None, bias)
 
 
 def block_step(step: float, weight: int) -> float:
@@ -145,34 +150,41 @@ def _raw(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bytes | None:
 
 
 def _encode(mode: int, tensors: Sequence[Tensor], steps: Sequence[float], order: TokenOrder) -> bytes:
+    tokens = len(order.order)
     sides: list[_Side] = []
-    matrices: list[Tensor] = []
-    specs: list[rans.MatrixSpec] = []
+    columns: list[Tensor] = []
+    block_weights = torch.tensor(order.weights).repeat_interleave(BLOCK)[: tokens - order.fine]
+    weights = torch.cat([torch.full((order.fine,), FINE_WEIGHT), block_weights])
     for tensor, relative in zip(tensors, steps, strict=True):
         rows = tensor.flatten(1)[order.order]
-        main = rows[order.fine :]
-        step = float(np.float32(relative * reference(main)))
-        side = _measure(mode, main, step, int(tensor.shape[1]))
+        step = float(np.float32(relative * reference(rows[order.fine :])))
+        side = _measure(mode, rows[order.fine :], step, int(tensor.shape[1]))
         bias = side.bias()
         centred = rows if bias is None else rows - torch.from_numpy(bias)
-        for start, stop, weights in _matrices(order, len(rows)):
-            steps_of = torch.tensor([block_step(step, w) for w in weights])
-            per_token = steps_of.repeat_interleave(BLOCK)[: stop - start, None]
-            matrices.append(quantise(centred[start:stop], per_token, BUILTIN_ROUNDING))
-            specs.append(rans.MatrixSpec(stop - start, rows.shape[1], bank(), side.tables(weights)))
+        scales = torch.tensor([block_step(step, int(w)) for w in weights])
+        columns.append(quantise(centred, scales[:, None], BUILTIN_ROUNDING))
+        if tokens < _SHORT:
+            heads = int(tensor.shape[1]) if mode == HEADS else rows.shape[1]
+            side = _cheapest(side, columns[-1].numpy().astype(np.int64), weights.numpy(), heads)
         sides.append(side)
-    streams = rans.encode(matrices, specs)
+    matrix = torch.cat(columns, dim=1)
+    parts = _matrices(order)
+    specs = [
+        rans.MatrixSpec(stop - start, matrix.shape[1], bank(), _tables(sides, block)) for start, stop, block in parts
+    ]
+    streams = rans.encode([matrix[start:stop] for start, stop, _ in parts], specs)
     head = [struct.pack("<BBB2f", mode, order.fine, not order.natural, *(side.step for side in sides))]
     if not order.natural:
         head += [struct.pack(f"<{len(order.weights)}b", *order.weights), _pack_classes(order)]
-    heads = [int(tensor.shape[1]) for tensor in tensors]
-    return b"".join([*head, _pack_sides(mode, sides, heads), *(struct.pack("<I", len(s)) for s in streams), *streams])
+    heads_of = [int(tensor.shape[1]) for tensor in tensors]
+    sizes = [struct.pack("<I", len(stream)) for stream in streams]
+    return b"".join([*head, _pack_sides(mode, sides, heads_of), *sizes, *streams])
 
 
-def _matrices(order: TokenOrder, tokens: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(first rank, end, block weights) of a tensor's matrices: outliers, if any, then the rest."""
+def _matrices(order: TokenOrder) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(first rank, end, block weights) of a band's matrices: outliers, if any, then the rest."""
     parts: list[tuple[int, int, tuple[int, ...]]] = [(0, order.fine, (FINE_WEIGHT,))] if order.fine else []
-    return [*parts, (order.fine, tokens, order.weights)]
+    return [*parts, (order.fine, len(order.order), order.weights)]
 
 
 def _measure(mode: int, rows: Tensor, step: float, heads: int) -> _Side:
@@ -184,13 +196,55 @@ def _measure(mode: int, rows: Tensor, step: float, heads: int) -> _Side:
         scaled = scaled - torch.from_numpy(mean) / MEAN_STEPS
     squares, sizes = scaled.square().mean(0), scaled.abs().mean(0)
     if mode == HEADS:
-        squares = squares.view(heads, -1).mean(1, keepdim=True).expand(-1, rows.shape[1] // heads).flatten()
-        sizes = sizes.view(heads, -1).mean(1, keepdim=True).expand(-1, rows.shape[1] // heads).flatten()
+        width = rows.shape[1] // heads
+        squares = squares.view(heads, width).mean(1).repeat_interleave(width)
+        sizes = sizes.view(heads, width).mean(1).repeat_interleave(width)
     deviation = squares.sqrt()
     # E|x| / deviation: .707 for Laplace, .76 for shape 1.4, .798 for Gaussian
     peakedness = sizes / deviation.clamp_min(1e-30)
     shape = (peakedness > 0.735).long() + (peakedness > 0.78).long()
     return _Side(step, shape.numpy(), builtin_index(deviation.numpy()).astype(np.int64), mean)
+
+
+@cache
+def _code_lengths() -> NDArray[np.float32]:
+    """Bits of each symbol under each table, low bits apart; an escape's word is included."""
+    tables = bank()
+    with np.errstate(divide="ignore"):
+        bits = PROB_BITS - np.log2(tables.freqs.astype(np.float32))
+    bits[:, -1] += ESCAPE_BITS
+    lengths: NDArray[np.float32] = bits.astype(np.float32)
+    return lengths
+
+
+def _cheapest(side: _Side, values: NDArray[np.int64], weights: NDArray[np.int64], sides: int) -> _Side:
+    """The side's tables chosen by what a few rows cost under them; deviations say little there, and tails much.
+
+    Args:
+        values: int64 [tokens, channels].
+        weights: int64 [tokens].
+        sides: channels, or heads, that share a table.
+    """
+    lengths, low, offset = _code_lengths(), bank().low_bits.astype(np.int64), bank().offset
+    lanes = np.bincount(np.arange(len(values)) // BLOCK)
+    low_bit = np.repeat(-(-lanes // 16) * 16 / lanes, lanes)[:, None]  # low bits are coded 16 lanes at a time
+    width = values.shape[1] // sides
+    start = side.index[::width]
+    costs, choices = [], []
+    for shape in range(len(BUILTIN_SHAPES)):
+        for step in range(-10, 3):
+            index = np.clip(start + step, 0, BUILTIN_TABLES - 1)
+            shifted = np.clip(np.repeat(index, width) + 2 * weights[:, None], 0, BUILTIN_TABLES - 1)
+            table = shape * BUILTIN_TABLES + shifted
+            symbol = (values >> low[table]) + offset
+            escape = lengths.shape[1] - 1
+            bits = lengths[table, np.where((symbol >= 0) & (symbol < escape), symbol, escape)]
+            bits = np.minimum(bits, lengths[table, escape]) + low_bit * low[table]  # symbols without a code escape
+            costs.append(bits.reshape(len(values), sides, width).sum((0, 2)))
+            choices.append((np.full(sides, shape), index))
+    best = np.argmin(costs, axis=0)
+    shapes, indices = (np.stack(part)[best, np.arange(sides)] for part in zip(*choices, strict=True))
+    return _Side(side.step, np.repeat(shapes, width), np.repeat(indices, width), side.mean)
 
 
 def _pack_classes(order: TokenOrder) -> bytes:
@@ -234,7 +288,7 @@ class Band:
     Attributes:
         keys, values: the targets' rows, [tokens, heads, dim].
         positions: int64 [tokens] to rotate keys to.
-        data, specs, dequants: the coded matrices of keys, then values.
+        data, specs, dequants: the coded matrices, keys and values side by side.
         raw: numbers as they are, instead of coded matrices.
     """
 
@@ -303,10 +357,10 @@ def _read_band(cursor: _Cursor, keys: Tensor, values: Tensor, positions: Tensor,
     order = _read_order(cursor, tokens, fine, ordered)
     band = Band(keys, values, positions, rope, order)
     sides = _read_sides(cursor, mode, steps, (keys, values))
-    for side in sides:
-        for start, stop, weights in _matrices(order, tokens):
-            band.specs.append(rans.MatrixSpec(stop - start, len(side.index), bank(), side.tables(weights)))
-            band.dequants.append(side.dequant(weights))
+    channels = sum(len(side.index) for side in sides)
+    for start, stop, weights in _matrices(order):
+        band.specs.append(rans.MatrixSpec(stop - start, channels, bank(), _tables(sides, weights)))
+        band.dequants.append(_dequant(sides, weights))
     sizes = struct.unpack(f"<{len(band.specs)}I", cursor.take(4 * len(band.specs)))
     band.data = [cursor.take(size) for size in sizes]
     return band
@@ -370,28 +424,33 @@ def decode_bands(bands: Sequence[Band]) -> None:
     specs: list[rans.MatrixSpec] = []
     dequants: list[rans.Dequant] = []
     out: list[Tensor] = []
-    ranked: list[tuple[Band, Tensor, Tensor]] = []
+    decoded: list[tuple[Band, Tensor]] = []
     for band in bands:
         if band.raw is not None:
             _decode_raw(band)
             continue
-        keys = torch.empty(band.keys.shape, dtype=torch.float32)
-        values = band.values if band.order.natural else torch.empty(band.values.shape, dtype=band.values.dtype)
-        for tensor in (keys, values):
-            out += [tensor[start:stop] for start, stop, _ in _matrices(band.order, len(keys))]
+        rows = torch.empty(len(band.keys), band.specs[0].components, dtype=torch.float32)
+        out += [rows[start:stop] for start, stop, _ in _matrices(band.order)]
         data += band.data
         specs += band.specs
         dequants += band.dequants
-        ranked.append((band, keys, values))
+        decoded.append((band, rows))
     rans.decode_dequant(data, specs, dequants, out)
-    for band, keys, values in ranked:
-        order = band.order.order
-        if band.order.natural:
-            rotate(keys, band.positions, band.rope, out=band.keys)
-            continue
-        rotate(keys, band.positions[order], band.rope, out=keys)
-        band.keys.index_copy_(0, order, keys.to(band.keys.dtype))
-        band.values.index_copy_(0, order, values)
+    for band, rows in decoded:
+        _hand_over(band, rows)
+
+
+def _hand_over(band: Band, rows: Tensor) -> None:
+    """Decoded rows [tokens, channels], in rank order and before RoPE, to the band's targets."""
+    order, split = band.order.order, band.keys.shape[1] * band.keys.shape[2]
+    keys, values = rows[:, :split].view(band.keys.shape), rows[:, split:].view(band.values.shape)
+    if band.order.natural:
+        rotate(keys, band.positions, band.rope, out=band.keys)
+        band.values.copy_(values)
+        return
+    rotate(keys, band.positions[order], band.rope, out=keys)
+    band.keys.index_copy_(0, order, keys.to(band.keys.dtype))
+    band.values.index_copy_(0, order, values.to(band.values.dtype))
 
 
 def _decode_raw(band: Band) -> None:

@@ -41,11 +41,12 @@ def write_record(tensors: Sequence[Tensor], zstd_level: int | None) -> bytes:
     """
     tensors = [t if t.shape[2] < 2 or t.stride(2) == 1 else t.contiguous() for t in tensors]
     matrix = _Matrix(tensors)
+    if matrix.nbytes == 0:
+        return bytes([RAW])
     raw = 1 + matrix.nbytes
-    if matrix.rows and matrix.columns:
-        coded = _write_rans(matrix, raw) if zstd_level is None else _write_zstd(matrix, zstd_level)
-        if coded is not None and len(coded) < raw:
-            return coded
+    coded = _write_rans(matrix, raw) if zstd_level is None else _write_zstd(matrix, zstd_level)
+    if coded is not None and len(coded) < raw:
+        return coded
     return bytes([RAW]) + _side_by_side([_bytes_of(t) for t in tensors])
 
 
