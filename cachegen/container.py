@@ -335,6 +335,10 @@ class ObjectReader:
 
     def bytes_of(self, where: ByteRange) -> memoryview:
         """Bytes fetched so far, unchecked; a copy only if they came in several pieces. Raises Truncated."""
+        if len(self._pieces) == 1:
+            first, piece = self._pieces[0]
+            if first <= where.start and where.stop <= first + len(piece):
+                return piece[where.start - first : where.stop - first]
         parts: list[memoryview] = []
         at = where.start
         while at < where.stop:
@@ -349,7 +353,9 @@ class ObjectReader:
 
     def segment_range(self, level: int, group: int) -> ByteRange:
         """Where a segment lies, without its padding. Raises LevelError, RangeError."""
-        return self._where(self._slot(level, *self._all([group])))
+        i = self._level(level) * len(self.header.groups) + self._all([group])[0]
+        start = int(self._starts[i])
+        return ByteRange(start, start + int(self.index["length"][i]))
 
     def paddings(self) -> list[ByteRange]:
         """The bytes between segments, all zero."""
@@ -359,11 +365,11 @@ class ObjectReader:
     def ranges(self, level: int, groups: Sequence[int] | None = None) -> list[ByteRange]:
         """Byte ranges that hold levels 0..level of the given groups (default all), neighbours joined."""
         joined: list[ByteRange] = []
-        chosen = sorted(set(self._all(groups)))
+        count, chosen = len(self.header.groups), sorted(set(self._all(groups)))
         for q in range(self._level(level) + 1):
+            edges = self._starts[q * count : (q + 1) * count + 1].tolist()
             for group in chosen:
-                i = self._slot(q, group)
-                start, stop = int(self._starts[i]), int(self._starts[i + 1])
+                start, stop = edges[group], edges[group + 1]
                 if joined and joined[-1].stop == start:
                     joined[-1] = ByteRange(joined[-1].start, stop)
                 elif start < stop:
@@ -383,34 +389,40 @@ class ObjectReader:
         Raises Truncated with the highest level that these groups have whole, ChecksumError, LevelError, RangeError.
         """
         levels = range(lowest, self._level(level) + 1)
+        chosen = self._all(groups)
         try:
-            return [
-                GroupSegments(self.header.groups[g], [self._checked(q, g) for q in levels]) for g in self._all(groups)
-            ]
+            found = [self._checked(q, chosen) for q in levels]
         except Truncated as error:
             raise Truncated(error.args[0], self.complete_level(groups)) from error
+        return [GroupSegments(self.header.groups[g], [views[i] for views in found]) for i, g in enumerate(chosen)]
 
-    def _checked(self, level: int, group: int) -> memoryview:
-        found = self._verified.get((level, group))
-        if found is None:
-            i = self._slot(level, group)
-            found = self.bytes_of(self._where(i))
-            if crc32c(found) != int(self.index["crc"][i]):
-                raise ChecksumError(
-                    f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
-                    "Fetch them again",
-                    level=level,
-                    group=group,
-                )
-            self._verified[level, group] = found
-        return found
+    def _checked(self, level: int, groups: Sequence[int]) -> list[memoryview]:
+        """Segments of one level, each compared with its CRC32C when first asked for."""
+        first = level * len(self.header.groups)
+        row = slice(first, first + len(self.header.groups))
+        starts = self._starts[row].tolist()
+        lengths, crcs = (self.index[name][row].tolist() for name in ("length", "crc"))
+        views = []
+        for group in groups:
+            view = self._verified.get((level, group))
+            if view is None:
+                view = self.bytes_of(ByteRange(starts[group], starts[group] + lengths[group]))
+                if crc32c(view) != crcs[group]:
+                    raise ChecksumError(
+                        f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
+                        "Fetch them again",
+                        level=level,
+                        group=group,
+                    )
+                self._verified[level, group] = view
+            views.append(view)
+        return views
 
     def complete_level(self, groups: Sequence[int] | None = None) -> int | None:
         """The highest level whose segments (and all below) are present and intact, or None."""
         for level in range(self.num_levels):
             try:
-                for group in self._all(groups):
-                    self._checked(level, group)
+                self._checked(level, self._all(groups))
             except (Truncated, ChecksumError):
                 return level - 1 if level else None
         return self.num_levels - 1
@@ -430,10 +442,3 @@ class ObjectReader:
         if not 0 <= level < self.num_levels:
             raise LevelError(f"level: the object has 0..{self.num_levels - 1}; got {level}")
         return level
-
-    def _where(self, slot: int) -> ByteRange:
-        start = int(self._starts[slot])
-        return ByteRange(start, start + int(self.index["length"][slot]))
-
-    def _slot(self, level: int, group: int) -> int:
-        return self._level(level) * len(self.header.groups) + group

@@ -53,4 +53,4 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     if isinstance(data, bytes):
         return int(library().cg_crc32c(crc, data, len(data)))
     view = np.frombuffer(data, dtype=np.uint8)  # no copy, whether writable or not
-    return int(library().cg_crc32c(crc, view.ctypes.data, view.nbytes))
+    return int(library().cg_crc32c(crc, view.__array_interface__["data"][0], view.nbytes))
