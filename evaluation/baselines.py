@@ -203,7 +203,8 @@ def hadamard_rotation(dim: int) -> Tensor:
     while block.shape[0] < size:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
     signs = torch.randint(0, 2, (dim,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-    return torch.diag(signs) @ torch.block_diag(*[block / size**0.5] * (dim // size))
+    blocks: Tensor = torch.block_diag(*[block / size**0.5] * (dim // size))
+    return torch.diag(signs) @ blocks
 
 
 @lru_cache(maxsize=8)

@@ -215,7 +215,7 @@ def documents(kind: str, split: Split) -> tuple[Document, ...]:
         key=lambda item: hashlib.sha256(item[0].encode()).digest(),
     )
     taken = _calibration_paragraphs() if split == "evaluation" else frozenset()
-    found = []
+    found: list[Document] = []
     for name, read in [*shipped, *others]:
         if len(found) == FILES_PER_KIND:
             break

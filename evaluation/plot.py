@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,13 +138,15 @@ def _draw_frontier(axes: Axes, best: Sequence[tuple[float, float, str]]) -> None
 
 
 def _finish_axes(axes: Axes, results: Sequence[Result], measure: str) -> None:
+    rows = [row for result in results for row in result.rows]
     axes.set_yscale("log")
     axes.set_xlabel("bits per element, all bytes a reader fetches")
     axes.set_ylabel(MEASURES[measure])
     axes.set_xlim(left=0)
-    if measure != "top1_disagreement":
-        lowest = axes.get_ylim()[0]
-        axes.set_ylim(bottom=10 ** math.floor(math.log10(lowest)))
+    if any(loss <= LEAST_KL for entries in points(rows, measure).values() for _, loss, _ in entries):
+        axes.set_ylim(bottom=LEAST_KL / 2)
+        exact = {"xy": (0, LEAST_KL), "xycoords": ("axes fraction", "data"), "xytext": (4, -3)}
+        axes.annotate("exact (0)", **exact, textcoords="offset points", fontsize=8, color="#7d828c")
     config = results[0].config
     models = ", ".join(dict.fromkeys(str(result.config.get("model")) for result in results))
     axes.set_title(
