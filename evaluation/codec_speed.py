@@ -27,10 +27,11 @@ from cachegen.profile import Calibration, ModelProfile
 from . import public_host_path, synthetic
 from .corpora import TEXTS
 from .models import load, smollm2
-from .timing import interleaved, machine_load
+from .timing import interleaved
 
 PUBLIC_TOKENS = 256
 """Tokens of the piece that the public host path is measured on; its channels are one head's."""
+FITTED_TOKENS = 64
 Row = dict[str, Any]
 
 
@@ -64,11 +65,12 @@ class Subject:
     layers: int
 
     def codec(self, codec_id: str) -> Codec:
-        """A codec for the model; the paper's gets a profile fitted to the chunk itself."""
+        """A codec for the model; the paper's gets a profile fitted to the chunk's first tokens."""
         spec, profile = self.chunk.spec, None
         if codec_class(codec_id).needs_profile:
-            parameters, arrays = fit(lambda: iter([self.chunk]), spec, {}, lambda done, total: None)
-            seen = Calibration((("the chunk itself", self.chunk.num_tokens),))
+            first = self.chunk.slice(0, min(FITTED_TOKENS, self.chunk.num_tokens))
+            parameters, arrays = fit(lambda: iter([first]), spec, {})
+            seen = Calibration((("the chunk's first tokens", first.num_tokens),))
             profile = ModelProfile(codec_id, self.fingerprint, spec, seen, (), parameters, arrays)
         return Codec(spec, self.fingerprint, codec_id, profile, threads=1)
 
@@ -112,7 +114,7 @@ def measure(subject: Subject, codec: Codec, isas: Sequence[str], runs: int, torc
     if torchac is not None:
         bins = public_host_path.bins_of(0, subject.layers, "k")
         cases["public_encode"], cases["public_decode"] = public_host_path.both_ways(piece, bins, torchac)
-    seconds = interleaved(cases, runs)
+    times = interleaved(cases, runs)
     scaled = piece.numel() * 2 / 1e9
     for isa in isas:
         row: Row = {
@@ -125,15 +127,15 @@ def measure(subject: Subject, codec: Codec, isas: Sequence[str], runs: int, torc
             "threads": 1,
             "ratio": chunk.nbytes / len(encoded.data),
             "bits_per_element": 8 * len(encoded.data) / chunk.elements,
-            "encode_gbps": chunk.nbytes / seconds[f"encode.{isa}"] / 1e9,
-            "decode_gbps": chunk.nbytes / seconds[f"decode.{isa}"] / 1e9,
-            "memcpy_gbps": chunk.nbytes / seconds["memcpy"] / 1e9,
+            "encode_gbps": chunk.nbytes / times[f"encode.{isa}"] / 1e9,
+            "decode_gbps": chunk.nbytes / times[f"decode.{isa}"] / 1e9,
+            "memcpy_gbps": chunk.nbytes / times["memcpy"] / 1e9,
         }
         if torchac is not None:
-            row["public_encode_gbps"] = scaled / seconds["public_encode"]
-            row["public_decode_gbps"] = scaled / seconds["public_decode"]
+            row["public_encode_gbps"] = scaled / times["public_encode"]
+            row["public_decode_gbps"] = scaled / times["public_decode"]
             row["public_measured"] = f"{piece.shape[0]} tokens x {piece.shape[2]} channels, scaled"
-        yield {**row, **machine_load()}
+        yield {**row, **times.conditions()}
 
 
 def _on(isa: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -20,7 +20,7 @@ from cachegen.entropy.rans import Dequant, MatrixSpec
 from cachegen.entropy.tables import TableBank, from_counts, ideal_bits
 from cachegen.entropy.torchac import expanded_cdf
 
-from .timing import interleaved, machine_load
+from .timing import interleaved
 
 ALPHABET, TABLES, CENTRE = 16, 64, 7
 CHUNK, CHANNELS = 256, 1024
@@ -95,7 +95,7 @@ def against_torchac(work: Workload, isas: Sequence[str], runs: int, torchac: Any
         cases["encode.torchac"] = lambda: [torchac.encode_cdf(t, s) for t, s in zip(tables, flat, strict=True)]
         cases["decode.torchac"] = lambda: [torchac.decode_cdf(t, s) for t, s in zip(tables, streams, strict=True)]
         sizes["torchac"] = sum(map(len, streams))
-    seconds = interleaved(cases, runs)
+    times = interleaved(cases, runs)
     rows: list[Row] = []
     summary: dict[str, float] = {}
     for coder, size in sizes.items():
@@ -104,17 +104,17 @@ def against_torchac(work: Workload, isas: Sequence[str], runs: int, torchac: Any
                 "what": "coder",
                 "coder": coder,
                 "symbols": work.count,
-                "encode_msymbols": work.count / seconds[f"encode.{coder}"] / 1e6,
-                "decode_msymbols": work.count / seconds[f"decode.{coder}"] / 1e6,
+                "encode_msymbols": work.count / times[f"encode.{coder}"] / 1e6,
+                "decode_msymbols": work.count / times[f"decode.{coder}"] / 1e6,
                 "bits_per_symbol": 8 * size / work.count,
                 "dequantised": False,
                 "threads": 1,
-                **machine_load(),
+                **times.conditions(),
             }
         )
         if torchac is not None and coder != "torchac":
             for way in ("decode", "encode"):
-                summary[f"rans_{way}_over_torchac.{coder}"] = seconds[f"{way}.torchac"] / seconds[f"{way}.{coder}"]
+                summary[f"rans_{way}_over_torchac.{coder}"] = times[f"{way}.torchac"] / times[f"{way}.{coder}"]
     return rows, summary
 
 
@@ -149,24 +149,24 @@ def against_stores(work: Workload, isas: Sequence[str], runs: int) -> tuple[list
     cases = dict(stores)
     for isa in isas:
         cases[isa] = lambda isa=isa: rans.decode_dequant(data, work.specs, work.dequants, outs, isa=isa)  # type: ignore[misc]
-    seconds = interleaved(cases, runs)
+    times = interleaved(cases, runs)
     nbytes = buffer.numel() * 2
-    best = min(stores, key=seconds.__getitem__)
+    best = min(stores, key=times.__getitem__)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for isa in isas:
-        ratios[isa] = seconds[best] / seconds[isa]
+        ratios[isa] = times[best] / times[isa]
         rows.append(
             {
                 "what": "decode_dequant",
                 "isa": isa,
                 "buffer_mb": nbytes / 1e6,
-                "gbps": nbytes / seconds[isa] / 1e9,
-                "store_gbps": nbytes / seconds[best] / 1e9,
+                "gbps": nbytes / times[isa] / 1e9,
+                "store_gbps": nbytes / times[best] / 1e9,
                 "store": best,
                 "over_store": ratios[isa],
                 "threads": 1,
-                **machine_load(),
+                **times.conditions(),
             }
         )
     return rows, ratios

@@ -3,27 +3,31 @@
 The kernel keeps the highest resident size of a process (VmHWM) and forgets it on request. So: load everything, decode a
 small object once (libraries, pools and tables are then there), forget the peak, then read the object from its file and
 decode it. What the peak has grown by is output + object + scratch.
+
+    python -m cachegen.evaluation.decode_memory FOLDER THREADS      # what the new process runs
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cachegen.codec import Codec
 from cachegen.codecs import make_codec
+from cachegen.container import ObjectReader
 from cachegen.fingerprint import Fingerprint
-from cachegen.kv import KVChunk, KVSpec
+from cachegen.kv import KVChunk
 from cachegen.profile import ModelProfile
 
 PER_THREAD = 8_000_000
+SMALL = 32
+"""Tokens of the object that is decoded first."""
 
 
 @dataclass(frozen=True)
@@ -45,48 +49,46 @@ class DecodePeak:
         return self.peak / self.limit
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What the new process needs, as plain data and files."""
-
-    spec: KVSpec
-    fingerprint: Fingerprint
-    codec_id: str
-    config: Mapping[str, Any]
-    profile: Path | None
-    small: Path
-    whole: Path
-    threads: int
-
-
 def decode_peak(codec: Codec, chunk: KVChunk, threads: int = 1) -> DecodePeak | None:
     """Encode `chunk`, then decode it in a new process. None where the kernel doesn't say (no /proc)."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        whole, small = Path(folder, "whole"), Path(folder, "small")
-        whole.write_bytes(codec.encode(chunk).data)
-        small.write_bytes(codec.encode(chunk.slice(0, min(32, chunk.num_tokens))).data)
-        profile = codec.profile.save(Path(folder, "profile")) if codec.profile is not None else None
-        inner = codec.codec
-        task = _Task(codec.spec, codec.fingerprint, inner.codec_id, inner.get_config(), profile, small, whole, threads)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            peak = pool.submit(_growth, task).result()
-        return DecodePeak(peak, chunk.nbytes, whole.stat().st_size, threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = codec.encode(chunk).data
+        (folder / "whole").write_bytes(data)
+        (folder / "small").write_bytes(codec.encode(chunk.slice(0, min(SMALL, chunk.num_tokens))).data)
+        (folder / "fingerprint").write_text(json.dumps(asdict(codec.fingerprint)), encoding="utf-8")
+        if codec.profile is not None:
+            codec.profile.save(folder / "profile")
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, name, str(threads)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        return DecodePeak(int(done.stdout), chunk.nbytes, len(data), threads)
 
 
-def _growth(task: _Task) -> int:
-    profile = ModelProfile.load(task.profile) if task.profile is not None else None
-    codec = Codec(task.spec, task.fingerprint, make_codec(task.codec_id, task.config, profile), profile)
-    codec.decode(task.small.read_bytes(), threads=task.threads)
+def growth(folder: Path, threads: int) -> int:
+    """Bytes by which decoding the folder's object raises this process' peak."""
+    profile = ModelProfile.load(folder / "profile") if (folder / "profile").exists() else None
+    fields = json.loads((folder / "fingerprint").read_text(encoding="utf-8"))
+    fields.update({name: tuple(fields[name]) for name in ("k_dims", "v_dims")})
+    small = (folder / "small").read_bytes()
+    header = ObjectReader(small).header
+    inner = make_codec(header.codecs[0].codec_id, header.codecs[0].config, profile)
+    codec = Codec(header.spec, Fingerprint(**fields), inner, profile, threads)
+    codec.decode(small)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
-    codec.decode(task.whole.read_bytes(), threads=task.threads)
+    codec.decode((folder / "whole").read_bytes())
     return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
     """Bytes of a field of this process' status."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii", "replace"), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+if __name__ == "__main__":
+    print(growth(Path(sys.argv[1]), int(sys.argv[2])))

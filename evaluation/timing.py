@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,29 @@ SHORTEST = 0.005
 """Seconds that one sample lasts at least; a shorter case is repeated within its sample."""
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Times:
+    """Median seconds by case, and how undisturbed they are.
+
+    Attributes:
+        seconds: wall-clock seconds of one call.
+        cpu_share: processor time over wall-clock time of all samples: 1 where one thread had a core to itself, less
+            where other work of the machine interrupted it.
+    """
+
+    seconds: dict[str, float]
+    cpu_share: float
+
+    def __getitem__(self, name: str) -> float:
+        return self.seconds[name]
+
+    def conditions(self) -> dict[str, float | bool]:
+        """For a row: `load` (the machine's load average of the last minute), `cpu_share`, and `loaded` if disturbed."""
+        load = os.getloadavg()[0]
+        return {"load": round(load, 2), "cpu_share": round(self.cpu_share, 3), "loaded": self.cpu_share < 0.95}
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], runs: int) -> Times:
     """Median seconds of each case over `runs` rounds, in each of which every case has its turn.
 
     Slow spells of the machine thus fall on all cases alike. Each case runs once before the clock starts.
@@ -26,19 +49,15 @@ def interleaved(cases: Mapping[str, Callable[[], object]], runs: int) -> dict[st
         once = time.perf_counter() - start
         repeats[name] = max(1, round(SHORTEST / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in cases}
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(runs):
         for name, case in cases.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 case()
             samples[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def machine_load() -> dict[str, float | bool]:
-    """`load`: processes that wanted a core in the last minute, this one included; `loaded`: more than there are."""
-    load = os.getloadavg()[0]
-    return {"load": round(load, 2), "loaded": load > (os.cpu_count() or 1) + 0.5}
+    share = (time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9)
+    return Times({name: statistics.median(times) for name, times in samples.items()}, min(share, 1.0))
 
 
 class OneTorchThread:
