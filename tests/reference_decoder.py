@@ -597,21 +597,21 @@ def read_band(cursor, tokens, heads, layer, dtype):
         order = sorted(order, key=lambda t: classes[t])
     sides = read_sides(cursor, mode, widths, (heads, heads))
     matrices = ([(0, fine, [8])] if fine else []) + [(fine, tokens, weights)]
-    lengths = cursor.unpack(f"{2 * len(matrices)}I")
-    streams = [cursor.take(length) for length in lengths]
-    tensors = []
-    for width, step, (index, shape, mean) in zip(widths, steps, sides, strict=True):
-        rows = np.empty((tokens, width), np.float32)
-        for first, last, weight in matrices:
-            tables = [[s * 68 + min(67, max(0, i + 2 * w)) for i, s in zip(index, shape, strict=True)] for w in weight]
-            points = decode_points(streams.pop(0), (last - first, width), builtin_bank(), tables)
-            scale = np.repeat([np.float32(step * 2.0 ** (-w / 2)) for w in weight], 32)[: last - first, None]
-            points = points * scale
-            if mode == 0:
-                points = points + np.array([m * (step / 8) for m in mean]).astype(np.float32)
-            rows[order[first:last]] = points
-        tensors.append(rows)
-    return tensors
+    lengths = cursor.unpack(f"{len(matrices)}I")
+    index, shape, step, bias = [], [], [], []  # of the channels of k, then of v
+    for width, base, (indices, shapes, means) in zip(widths, steps, sides, strict=True):
+        index += indices
+        shape += shapes
+        step += [base] * width
+        bias += [np.float32(m * (base / 8)) for m in means or []]
+    rows = np.empty((tokens, sum(widths)), np.float32)
+    for (first, last, weight), length in zip(matrices, lengths, strict=True):
+        tables = [[s * 68 + min(67, max(0, i + 2 * w)) for i, s in zip(index, shape, strict=True)] for w in weight]
+        points = decode_points(cursor.take(length), (last - first, sum(widths)), builtin_bank(), tables)
+        scale = np.array([[np.float32(s * 2.0 ** (-w / 2)) for s in step] for w in weight])
+        points = points * np.repeat(scale, 32, axis=0)[: last - first]
+        rows[order[first:last]] = points + np.array(bias) if mode == 0 else points
+    return rows[:, : widths[0]], rows[:, widths[0] :]
 
 
 def read_sides(cursor, mode, widths, heads):

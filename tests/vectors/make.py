@@ -167,7 +167,7 @@ VECTORS: dict[str, tuple[str, dict[str, object], int, Callable[[], KVChunk]]] = 
     "lossless-fp32": ("lossless", {}, 0, fp32),
     "lossless-fp8": ("lossless", {}, 0, fp8),
     "channel": ("channel", {}, 3, chunk),
-    "channel-long": ("channel", {}, 6, lambda: chunk(tokens=68, start=0, seed=7)),
+    "channel-long": ("channel", {}, 6, lambda: chunk(tokens=100, start=0, seed=7)),
     "channel-short": ("channel", {}, 3, lambda: chunk(tokens=12, seed=13)),
     "channel-one": ("channel", {}, 3, lambda: chunk(tokens=1, start=9, seed=8)),
     "channel-centred": ("channel", {}, 4, lambda: centred(48, seed=11)),
