@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..entropy import rans
 from ..entropy.rans import Dequant, MatrixSpec
 from ..entropy.tables import TableBank
 from ..errors import FormatError, InputError, LevelError, ProfileMismatch, ProfileMissing, Truncated
-from ..kv import KVChunk, KVSpec
+from ..kv import KVChunk, KVSpec, LayerKind, LayerSpec
 from ..quantize import dead_zone, layer_bins, uniform
 from ..transforms.anchor_delta import anchors, join, num_anchors, others, subtract
 from . import torchac_matrix
@@ -38,6 +38,8 @@ ANCHOR_STEPS = 127
 """Steps of an 8-bit anchor on either side of its channel's mean."""
 SCRATCH = 4 << 20
 """Bytes of fp32 deltas that a decoding thread holds at once."""
+PLANS = 512
+"""Plans of groups that a codec remembers: the layers of a model, for a few lengths of chunks."""
 MAX_GROUP = 1 << 16
 TINY = 2.0**-14
 """Least token scale: fp16's smallest normal number."""
@@ -221,6 +223,7 @@ class CacheGen(ChunkCodec):
         self.coder = coder
         self.model = Model(profile)
         self.options = self.model.options
+        self._plans = lru_cache(maxsize=PLANS)(self._make_plan)
         known = asdict(self.options)
         for name, value in options.items():
             if name not in known:
@@ -401,21 +404,17 @@ class CacheGen(ChunkCodec):
     # ------------------------------------------------------------------ plans
     def _plan(self, spec: KVSpec, num_tokens: int, group: Group, level: int) -> Plan:
         """What the group's matrices are, at a level. Raises ProfileMismatch if the profile is of another shape."""
-        model, constants = self.model, self.model.levels[level]
-        layer = group.layers[0]
-        ours = model.map.spec.layers[layer] if layer < model.map.spec.num_layers else None
-        want = spec.layers[layer]
-        if ours is None or (ours.kind, ours.kv_heads, ours.k_dim, ours.v_dim) != (
-            want.kind,
-            want.kv_heads,
-            want.k_dim,
-            want.v_dim,
-        ):
+        layer, ours = group.layers[0], self.model.map.spec.layers
+        if layer >= len(ours) or _shape(ours[layer]) != _shape(spec.layers[layer]):
             raise ProfileMismatch(f"layer {layer}: the profile is of a model with other heads or dims here")
-        channels = model.map.channels(group)
-        index = torch.from_numpy(channels)
         first, last = group.tokens or (0, num_tokens)
-        tokens, components = last - first, len(channels)
+        return self._plans(layer, group.heads, last - first, level)
+
+    def _make_plan(self, layer: int, heads: tuple[int, int], tokens: int, level: int) -> Plan:
+        model, constants = self.model, self.model.levels[level]
+        names = model.map.spec.layers[layer].names
+        channels = model.map.channels(Group((layer, layer + 1), heads, names))
+        index, components = torch.from_numpy(channels), len(channels)
         coded = num_anchors(tokens, self.options.group_length) if self.options.delta else 0
         anchor_spec = delta_spec = None
         if coded:
@@ -468,6 +467,10 @@ def group_rows(chunk: KVChunk, group: Group) -> Tensor:
     start = min(chunk.heads[0], chunk.spec.layers[layer].kv_heads)
     tensors = [chunk.layers[layer].tensors[name][:, first - start : last - start] for name in group.names]
     return torch.cat([tensor.to(torch.float32).flatten(1) for tensor in tensors], 1)
+
+
+def _shape(layer: LayerSpec) -> tuple[LayerKind, int, int, int]:
+    return layer.kind, layer.kv_heads, layer.k_dim, layer.v_dim
 
 
 def _positive(profile: ModelProfile, name: str, count: int, least: float | None = 0.0) -> Tensor:

@@ -34,8 +34,9 @@ LMCACHE = "lmcache"
 LEVELS: tuple[int | str, ...] = (8, 16, LMCACHE, 32, 64, 128)
 MAX_BINS = 256
 _HEAD = struct.Struct("<HHI")
-_DTYPES = {"bfloat16": torch.int16, "float16": torch.int16, "float32": torch.int32}
-"""Element types that can be coded, with the integers that their bits fit in."""
+_DTYPES = ("bfloat16", "float16", "float32")
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+"""Element types that can be coded, and integers for their bits."""
 
 
 def bins_of(preset: int | str, name: str, layer: int, num_layers: int) -> int:
@@ -101,29 +102,11 @@ class CacheGenPublic(ChunkCodec):
     def encode(self, chunk: KVChunk, groups: Sequence[Group], level: int, threads: int) -> EncodedGroups:
         if not 0 <= level < self.num_levels:
             raise LevelError(f"level: codec cachegen_public has 0..{self.num_levels - 1}; got {level}")
-        segments = [[self._encode(chunk, group, level, threads)] for group in groups]
+        tensors = [_Prepared.of(chunk, group, name, self.levels[level]) for group in groups for name in group.names]
+        streams = iter(rans.encode([t.q for t in tensors], [t.spec for t in tensors], threads))
+        prepared = iter(tensors)
+        segments = [[b"".join(next(prepared).pack(next(streams)) for _ in group.names)] for group in groups]
         return EncodedGroups(segments, [LevelLoss(level)])
-
-    def _encode(self, chunk: KVChunk, group: Group, level: int, threads: int) -> bytes:
-        spec, layer, preset = chunk.spec, group.layers[0], self.levels[level]
-        start = min(chunk.heads[0], spec.layers[layer].kv_heads)
-        entries = 1 + (preset if isinstance(preset, int) else 32)
-        parts = []
-        for name in group.names:
-            bins = bins_of(preset, name, layer, spec.num_layers)
-            tensor = chunk.layers[layer].tensors[name][:, group.heads[0] - start : group.heads[1] - start]
-            largest = tensor.abs().amax((1, 2))  # in the cache's dtype, as it is sent
-            q = _quantise(tensor.to(torch.float32).flatten(1), largest.to(torch.float32), bins)
-            cumulative = _count(q, bins, entries)
-            (stream,) = rans.encode([q], [_matrix(cumulative, bins, q.shape[0])], threads)
-            sent = largest.contiguous().view(_DTYPES[spec.dtype]).numpy().astype(f"<i{largest.element_size()}")
-            parts += [
-                _HEAD.pack(bins, entries, len(stream)),
-                sent.tobytes(),
-                cumulative.astype("<u2").tobytes(),
-                stream,
-            ]
-        return b"".join(parts)
 
     # ------------------------------------------------------------------ decode
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
@@ -156,6 +139,34 @@ class CacheGenPublic(ChunkCodec):
         if at != len(data):
             raise FormatError(f"{where}: {len(data) - at} bytes left over after its tensors")
         return found
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A tensor ready to be coded: its integers, its tokens' largest magnitudes, its tables."""
+
+    bins: int
+    q: Tensor
+    largest: Tensor
+    cumulative: NDArray[np.uint16]
+    spec: MatrixSpec
+
+    @classmethod
+    def of(cls, chunk: KVChunk, group: Group, name: str, preset: int | str) -> _Prepared:
+        layer = group.layers[0]
+        start = min(chunk.heads[0], chunk.spec.layers[layer].kv_heads)
+        tensor = chunk.layers[layer].tensors[name][:, group.heads[0] - start : group.heads[1] - start]
+        bins = bins_of(preset, name, layer, chunk.spec.num_layers)
+        largest = tensor.abs().amax((1, 2))  # in the cache's dtype, as it is sent
+        q = _quantise(tensor.to(torch.float32).flatten(1), largest.to(torch.float32), bins)
+        cumulative = _count(q, bins, 1 + (preset if isinstance(preset, int) else 32))
+        return cls(bins, q, largest, cumulative, _matrix(cumulative, bins, q.shape[0]))
+
+    def pack(self, stream: bytes) -> bytes:
+        head = _HEAD.pack(self.bins, self.cumulative.shape[1], len(stream))
+        width = self.largest.element_size()
+        sent = self.largest.contiguous().view(_INTEGERS[width]).numpy().astype(f"<i{width}")
+        return b"".join((head, sent.tobytes(), self.cumulative.astype("<u2").tobytes(), stream))
 
 
 @dataclass(frozen=True)
