@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..entropy.tables import (
 )
 from ..errors import CacheGenError, CapacityError, CorruptStream
 from ..rope import Rope, rotate
-from ..transforms.channel import BLOCK, FINE_WEIGHT, TokenOrder, natural_order, order_tokens, quantise, reference
+from ..transforms.channel import BLOCK, MAX_WEIGHT, TokenOrder, natural_order, order_tokens, quantise, reference
 from .base import ChunkInfo, GroupSegments, Targets
 
 CHANNELS, UNCENTRED, HEADS, RAW = range(4)
@@ -126,11 +126,13 @@ def encode_band(
     tokens = int(keys.shape[0])
     order = order_tokens(keys, starts_context)
     raw = _raw(keys, values, dtype)
+    if tokens == 1 and starts_context and raw is not None:
+        return raw
     best: bytes | None = None
     failed: CacheGenError | None = None
     for mode in (CHANNELS, UNCENTRED, HEADS) if tokens < _SHORT else (CHANNELS,):
         try:
-            coded = _encode(mode, (keys, values), steps, order)
+            coded = _encode(mode, (keys, values), steps, order, dtype)
         except CapacityError as error:
             failed = error
             continue
@@ -149,42 +151,41 @@ def _raw(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bytes | None:
     return bytes([RAW]) + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in stored)
 
 
-def _encode(mode: int, tensors: Sequence[Tensor], steps: Sequence[float], order: TokenOrder) -> bytes:
-    tokens = len(order.order)
+def _encode(
+    mode: int, tensors: Sequence[Tensor], steps: Sequence[float], order: TokenOrder, dtype: torch.dtype
+) -> bytes:
     sides: list[_Side] = []
     columns: list[Tensor] = []
-    block_weights = torch.tensor(order.weights).repeat_interleave(BLOCK)[: tokens - order.fine]
-    weights = torch.cat([torch.full((order.fine,), FINE_WEIGHT), block_weights])
+    main = order.order[order.outliers :]
+    weights = torch.tensor(order.weights).repeat_interleave(BLOCK)[: len(main)]
     for tensor, relative in zip(tensors, steps, strict=True):
-        rows = tensor.flatten(1)[order.order]
-        step = float(np.float32(relative * reference(rows[order.fine :])))
-        side = _measure(mode, rows[order.fine :], step, int(tensor.shape[1]))
+        rows = tensor.flatten(1)[main]
+        step = float(np.float32(relative * reference(rows)))
+        side = _measure(mode, rows, step, int(tensor.shape[1]))
         bias = side.bias()
         centred = rows if bias is None else rows - torch.from_numpy(bias)
         scales = torch.tensor([block_step(step, int(w)) for w in weights])
         columns.append(quantise(centred, scales[:, None], BUILTIN_ROUNDING))
-        if tokens < _SHORT:
+        if len(order.order) < _SHORT:
             heads = int(tensor.shape[1]) if mode == HEADS else rows.shape[1]
             side = _cheapest(side, columns[-1].numpy().astype(np.int64), weights.numpy(), heads)
         sides.append(side)
     matrix = torch.cat(columns, dim=1)
-    parts = _matrices(order)
-    specs = [
-        rans.MatrixSpec(stop - start, matrix.shape[1], bank(), _tables(sides, block)) for start, stop, block in parts
-    ]
-    streams = rans.encode([matrix[start:stop] for start, stop, _ in parts], specs)
-    head = [struct.pack("<BBB2f", mode, order.fine, not order.natural, *(side.step for side in sides))]
+    spec = rans.MatrixSpec(len(main), matrix.shape[1], bank(), _tables(sides, order.weights))
+    (stream,) = rans.encode([matrix], [spec])
+    head = [struct.pack("<BBB2f", mode, order.outliers, not order.natural, *(side.step for side in sides))]
     if not order.natural:
         head += [struct.pack(f"<{len(order.weights)}b", *order.weights), _pack_classes(order)]
+        head.append(_outliers(tensors, order, dtype))
     heads_of = [int(tensor.shape[1]) for tensor in tensors]
-    sizes = [struct.pack("<I", len(stream)) for stream in streams]
-    return b"".join([*head, _pack_sides(mode, sides, heads_of), *sizes, *streams])
+    return b"".join([*head, _pack_sides(mode, sides, heads_of), struct.pack("<I", len(stream)), stream])
 
 
-def _matrices(order: TokenOrder) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(first rank, end, block weights) of a band's matrices: outliers, if any, then the rest."""
-    parts: list[tuple[int, int, tuple[int, ...]]] = [(0, order.fine, (FINE_WEIGHT,))] if order.fine else []
-    return [*parts, (order.fine, len(order.order), order.weights)]
+def _outliers(tensors: Sequence[Tensor], order: TokenOrder, dtype: torch.dtype) -> bytes:
+    rows = torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)[order.order[: order.outliers]].to(dtype)
+    if not bool(torch.isfinite(rows).all()):
+        raise CapacityError(f"channel: an outlier's key before RoPE is beyond {dtype}; carry this layer by lossless")
+    return rows.view(torch.uint8).numpy().tobytes()
 
 
 def _measure(mode: int, rows: Tensor, step: float, heads: int) -> _Side:
@@ -230,28 +231,27 @@ def _cheapest(side: _Side, values: NDArray[np.int64], weights: NDArray[np.int64]
     low_bit = np.repeat(-(-lanes // 16) * 16 / lanes, lanes)[:, None]  # low bits are coded 16 lanes at a time
     width = values.shape[1] // sides
     start = side.index[::width]
+    shape = 0 if sides < values.shape[1] else 1  # channels of one head together have the longer tails
+    escape = lengths.shape[1] - 1
     costs, choices = [], []
-    for shape in range(len(BUILTIN_SHAPES)):
-        for step in range(-10, 3):
-            index = np.clip(start + step, 0, BUILTIN_TABLES - 1)
-            shifted = np.clip(np.repeat(index, width) + 2 * weights[:, None], 0, BUILTIN_TABLES - 1)
-            table = shape * BUILTIN_TABLES + shifted
-            symbol = (values >> low[table]) + offset
-            escape = lengths.shape[1] - 1
-            bits = lengths[table, np.where((symbol >= 0) & (symbol < escape), symbol, escape)]
-            bits = np.minimum(bits, lengths[table, escape]) + low_bit * low[table]  # symbols without a code escape
-            costs.append(bits.reshape(len(values), sides, width).sum((0, 2)))
-            choices.append((np.full(sides, shape), index))
-    best = np.argmin(costs, axis=0)
-    shapes, indices = (np.stack(part)[best, np.arange(sides)] for part in zip(*choices, strict=True))
-    return _Side(side.step, np.repeat(shapes, width), np.repeat(indices, width), side.mean)
+    for step in range(-7, 3):
+        index = np.clip(start + step, 0, BUILTIN_TABLES - 1)
+        shifted = np.clip(np.repeat(index, width) + 2 * weights[:, None], 0, BUILTIN_TABLES - 1)
+        table = shape * BUILTIN_TABLES + shifted
+        symbol = (values >> low[table]) + offset
+        bits = lengths[table, np.where((symbol >= 0) & (symbol < escape), symbol, escape)]
+        bits = np.minimum(bits, lengths[table, escape]) + low_bit * low[table]  # symbols without a code escape
+        costs.append(bits.reshape(len(values), sides, width).sum((0, 2)))
+        choices.append(index)
+    best = np.stack(choices)[np.argmin(costs, axis=0), np.arange(sides)]
+    return _Side(side.step, np.full(values.shape[1], shape), np.repeat(best, width), side.mean)
 
 
 def _pack_classes(order: TokenOrder) -> bytes:
     """Four bits a token: 0 for outliers, else 1 + its block."""
     classes = np.zeros(len(order.order) + 1 & ~1, dtype=np.uint8)
     ranks = np.arange(len(order.order))
-    classes[order.order.numpy()] = np.where(ranks < order.fine, 0, (ranks - order.fine) // BLOCK + 1)
+    classes[order.order.numpy()] = np.where(ranks < order.outliers, 0, (ranks - order.outliers) // BLOCK + 1)
     return (classes[::2] | classes[1::2] << 4).astype(np.uint8).tobytes()
 
 
@@ -281,15 +281,23 @@ def _pack_sides(mode: int, sides: Sequence[_Side], heads: Sequence[int]) -> byte
 
 
 # ---------------------------------------------------------------------- reading
-@dataclass
+@dataclass(frozen=True)
+class _Coded:
+    """The coded matrix of a band's tokens but outliers, keys and values side by side."""
+
+    data: memoryview
+    spec: rans.MatrixSpec
+    dequant: rans.Dequant
+
+
+@dataclass(frozen=True)
 class Band:
     """A band with its bytes, checked as far as they can be without decoding.
 
     Attributes:
         keys, values: the targets' rows, [tokens, heads, dim].
         positions: int64 [tokens] to rotate keys to.
-        data, specs, dequants: the coded matrices, keys and values side by side.
-        raw: numbers as they are, instead of coded matrices.
+        exact: numbers stored as they are: the outliers' rows; where nothing is coded, all keys, then all values.
     """
 
     keys: Tensor
@@ -297,14 +305,16 @@ class Band:
     positions: Tensor
     rope: Rope | None
     order: TokenOrder
-    data: list[memoryview] = field(default_factory=list)
-    specs: list[rans.MatrixSpec] = field(default_factory=list)
-    dequants: list[rans.Dequant] = field(default_factory=list)
-    raw: memoryview | None = None
+    exact: memoryview
+    coded: _Coded | None
 
     @property
     def elements(self) -> int:
         return self.keys.numel() + self.values.numel()
+
+    def exact_numbers(self) -> Tensor:
+        """`exact` in the cache's dtype."""
+        return torch.frombuffer(bytearray(self.exact), dtype=self.keys.dtype)
 
 
 class _Cursor:
@@ -348,41 +358,40 @@ def _read_band(cursor: _Cursor, keys: Tensor, values: Tensor, positions: Tensor,
     (mode,) = cursor.take(1)
     if mode == RAW:
         size = (keys.numel() + values.numel()) * keys.element_size()
-        return Band(keys, values, positions, rope, natural_order(tokens), raw=cursor.take(size))
+        return Band(keys, values, positions, rope, natural_order(tokens), cursor.take(size), None)
     if mode not in (CHANNELS, UNCENTRED, HEADS):
         raise CorruptStream(f"channel: expected a mode of 0..3; got {mode}")
-    fine, ordered, *steps = struct.unpack("<BB2f", cursor.take(10))
+    outliers, ordered, *steps = struct.unpack("<BB2f", cursor.take(10))
     if not all(2.0**-126 <= step < 2.0**100 for step in steps):
         raise CorruptStream(f"channel: steps must be within 2^-126..2^100; got {steps}")
-    order = _read_order(cursor, tokens, fine, ordered)
-    band = Band(keys, values, positions, rope, order)
+    order = _read_order(cursor, tokens, outliers, ordered)
+    channels = (keys.numel() + values.numel()) // tokens
+    exact = cursor.take(order.outliers * channels * keys.element_size())
     sides = _read_sides(cursor, mode, steps, (keys, values))
-    channels = sum(len(side.index) for side in sides)
-    for start, stop, weights in _matrices(order):
-        band.specs.append(rans.MatrixSpec(stop - start, channels, bank(), _tables(sides, weights)))
-        band.dequants.append(_dequant(sides, weights))
-    sizes = struct.unpack(f"<{len(band.specs)}I", cursor.take(4 * len(band.specs)))
-    band.data = [cursor.take(size) for size in sizes]
-    return band
+    spec = rans.MatrixSpec(tokens - order.outliers, channels, bank(), _tables(sides, order.weights))
+    (size,) = struct.unpack("<I", cursor.take(4))
+    return Band(
+        keys, values, positions, rope, order, outliers, _Coded(cursor.take(size), spec, _dequant(sides, order.weights))
+    )
 
 
-def _read_order(cursor: _Cursor, tokens: int, fine: int, ordered: int) -> TokenOrder:
-    if ordered > 1 or (fine and not ordered) or fine > min(BLOCK, tokens - 1):
-        raise CorruptStream(f"channel: {fine} outliers of {tokens} tokens, order flag {ordered}")
+def _read_order(cursor: _Cursor, tokens: int, outliers: int, ordered: int) -> TokenOrder:
+    if ordered > 1 or (outliers and not ordered) or outliers > min(BLOCK, tokens - 1):
+        raise CorruptStream(f"channel: {outliers} outliers of {tokens} tokens, order flag {ordered}")
     if not ordered:
         return natural_order(tokens)
-    blocks = -(-(tokens - fine) // BLOCK)
+    blocks = -(-(tokens - outliers) // BLOCK)
     weights = struct.unpack(f"<{blocks}b", cursor.take(blocks))
     packed = cursor.bytes(-(-tokens // 2))
     classes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
-    if max(map(abs, weights)) > 2 * FINE_WEIGHT or classes[tokens:].any():
-        raise CorruptStream("channel: a block's weight is beyond 16 half octaves, or padding isn't zero")
+    if max(map(abs, weights)) > MAX_WEIGHT or classes[tokens:].any():
+        raise CorruptStream("channel: a block's weight is beyond 4 half octaves, or padding isn't zero")
     classes = classes[:tokens]
     counts = np.bincount(classes, minlength=blocks + 1)
-    expected = [fine, *(min(BLOCK, tokens - fine - BLOCK * b) for b in range(blocks))]
+    expected = [outliers, *(min(BLOCK, tokens - outliers - BLOCK * b) for b in range(blocks))]
     if len(counts) != len(expected) or (counts != expected).any():
         raise CorruptStream("channel: the blocks don't hold the tokens that they must")
-    return TokenOrder(torch.from_numpy(np.argsort(classes, kind="stable")), fine, weights)
+    return TokenOrder(torch.from_numpy(np.argsort(classes, kind="stable")), outliers, weights)
 
 
 def _read_sides(cursor: _Cursor, mode: int, steps: Sequence[float], tensors: Sequence[Tensor]) -> list[_Side]:
@@ -420,22 +429,24 @@ def _checked(side: _Side) -> _Side:
 
 def decode_bands(bands: Sequence[Band]) -> None:
     """Decode bands into their targets."""
-    data: list[memoryview] = []
-    specs: list[rans.MatrixSpec] = []
-    dequants: list[rans.Dequant] = []
-    out: list[Tensor] = []
-    decoded: list[tuple[Band, Tensor]] = []
+    coded, decoded = [], []
     for band in bands:
-        if band.raw is not None:
-            _decode_raw(band)
+        if band.coded is None:
+            keys, values = band.exact_numbers().split([band.keys.numel(), band.values.numel()])
+            rotate(keys.view(band.keys.shape), band.positions, band.rope, out=band.keys)
+            band.values.copy_(values.view(band.values.shape))
             continue
-        rows = torch.empty(len(band.keys), band.specs[0].components, dtype=torch.float32)
-        out += [rows[start:stop] for start, stop, _ in _matrices(band.order)]
-        data += band.data
-        specs += band.specs
-        dequants += band.dequants
+        rows = torch.empty(len(band.keys), band.coded.spec.components, dtype=torch.float32)
+        if band.order.outliers:
+            rows[: band.order.outliers] = band.exact_numbers().view(band.order.outliers, -1)
+        coded.append(band.coded)
         decoded.append((band, rows))
-    rans.decode_dequant(data, specs, dequants, out)
+    rans.decode_dequant(
+        [c.data for c in coded],
+        [c.spec for c in coded],
+        [c.dequant for c in coded],
+        [rows[band.order.outliers :] for band, rows in decoded],
+    )
     for band, rows in decoded:
         _hand_over(band, rows)
 
@@ -451,11 +462,3 @@ def _hand_over(band: Band, rows: Tensor) -> None:
     rotate(keys, band.positions[order], band.rope, out=keys)
     band.keys.index_copy_(0, order, keys.to(band.keys.dtype))
     band.values.index_copy_(0, order, values.to(band.values.dtype))
-
-
-def _decode_raw(band: Band) -> None:
-    assert band.raw is not None
-    numbers = torch.frombuffer(bytearray(band.raw), dtype=band.keys.dtype)
-    keys, values = numbers.split([band.keys.numel(), band.values.numel()])
-    rotate(keys.view(band.keys.shape), band.positions, band.rope, out=band.keys)
-    band.values.copy_(values.view(band.values.shape))

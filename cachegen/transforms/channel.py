@@ -3,8 +3,8 @@
 No calibration: all of it comes from the chunk itself. Keys are taken before RoPE, where a channel keeps its mean.
 
 Tokens are not equal. The first token of a context (the *sink*, on which heads rest their attention) must be kept
-16 times finer than others, or the loss grows fivefold; it shows by its key, which points away from the mean key.
-Among the other tokens the same measure tells, weakly, who will be looked at (SmolLM2: 11 % fewer bits at equal KL).
+exactly, or the loss grows fivefold; it shows by its key, which points away from the mean key. Among the other tokens
+the same measure tells, weakly, who will be looked at.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from ..errors import CapacityError
 
 BLOCK = 32
 """Tokens that share a step: the coder's lanes."""
-FINE_WEIGHT = 8
-"""Weight of outlier tokens, in half octaves: steps 16 times finer."""
 MAX_WEIGHT = 4
+"""Half octaves by which a block's step may differ from the band's."""
 _GAIN = 0.4  # octaves of step per deviation of the score
 _OUTLIER = 6.0  # deviations
 _LEAST_TOKENS = 16  # below, scores say nothing
@@ -32,24 +31,24 @@ class TokenOrder:
     """Tokens by falling importance.
 
     Attributes:
-        order: int64 [tokens], the token at each rank: `fine` outliers, then blocks of 32 (the last may be shorter).
-        fine: how many outliers lead.
+        order: int64 [tokens], the token at each rank: outliers, then blocks of 32 (the last may be shorter).
+        outliers: how many of them lead; they are kept exactly.
         weights: weight of each block, in half octaves: a block's step is step * 2^(-weight / 2).
     """
 
     order: Tensor
-    fine: int
+    outliers: int
     weights: tuple[int, ...]
 
     @property
     def natural(self) -> bool:
         """Tokens stand as they came, all of one weight."""
-        return self.fine == 0 and not any(self.weights)
+        return self.outliers == 0 and not any(self.weights)
 
 
-def natural_order(tokens: int, weight: int = 0) -> TokenOrder:
-    """All tokens as they came, at one weight."""
-    return TokenOrder(torch.arange(tokens), 0, (weight,) * -(-tokens // BLOCK))
+def natural_order(tokens: int) -> TokenOrder:
+    """All tokens as they came, of one weight."""
+    return TokenOrder(torch.arange(tokens), 0, (0,) * -(-tokens // BLOCK))
 
 
 def order_tokens(keys: Tensor, starts_context: bool) -> TokenOrder:
@@ -61,20 +60,20 @@ def order_tokens(keys: Tensor, starts_context: bool) -> TokenOrder:
     """
     tokens = int(keys.shape[0])
     if tokens == 1:
-        return natural_order(1, FINE_WEIGHT if starts_context else 0)
+        return natural_order(1)
     score = _scores(keys) if tokens >= _LEAST_TOKENS else torch.zeros(tokens)
     outlier = score > _OUTLIER
     if starts_context:
         score[0], outlier[0] = math.inf, True
     order = torch.argsort(score, descending=True, stable=True)
-    fine = min(int(outlier.sum()), BLOCK, max(1, tokens // 8))
-    main = order[fine:]
+    outliers = min(int(outlier.sum()), BLOCK, max(1, tokens // 8))
+    main = order[outliers:]
     octaves = (_GAIN * score[main]).clamp(-2.0, 2.0)
     octaves -= octaves.mean()
     weights = tuple(max(-MAX_WEIGHT, min(MAX_WEIGHT, round(2 * float(part.mean())))) for part in octaves.split(BLOCK))
     blocks = main.split(BLOCK if any(weights) else tokens)
     main = torch.cat([block.sort().values for block in blocks])
-    return TokenOrder(torch.cat([order[:fine].sort().values, main]), fine, weights)
+    return TokenOrder(torch.cat([order[:outliers].sort().values, main]), outliers, weights)
 
 
 def _scores(keys: Tensor) -> Tensor:
