@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -386,7 +387,7 @@ class _Stages:
 
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}.partial")
             save_file(make(), str(partial))
             partial.replace(path)
 
@@ -401,7 +402,7 @@ class _Stages:
 
     def write_note(self, name: str, value: Mapping[str, float]) -> None:
         path = self.folder / f"{name}.json"
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(value))
         partial.replace(path)
 

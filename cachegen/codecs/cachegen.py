@@ -363,6 +363,8 @@ class CacheGen(ChunkCodec):
         layer = info.spec.layers[group.layers[0]]
         if group.layers[1] != group.layers[0] + 1 or group.names != layer.names or layer.kind not in self.kinds:
             raise FormatError(f"{where}: expected one attention layer with k and v; got {group.layers} {group.names}")
+        if not 0 <= group.heads[0] < group.heads[1] <= layer.kv_heads:
+            raise FormatError(f"{where}: expected heads within 0..{layer.kv_heads}; got {group.heads}")
         if len(data) < _HEAD.size:
             raise Truncated(f"{where}: expected at least {_HEAD.size} bytes; got {len(data)}")
         level, flags, reserved, length = _HEAD.unpack_from(data)

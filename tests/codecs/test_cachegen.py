@@ -491,6 +491,8 @@ def test_groups_of_other_codecs_are_refused() -> None:
     for group in (Group((0, 2), (0, 2), ("k", "v")), Group((0, 1), (0, 2), ("k",)), Group((1, 2), (0, 1), ())):
         with pytest.raises(FormatError, match="one attention layer"):
             _decode(codec, segment, group)
+    with pytest.raises(FormatError, match="heads"):
+        _decode(codec, segment, Group((0, 1), (0, 3), ("k", "v")))
 
 
 # --------------------------------------------------------------------------- tables
