@@ -370,9 +370,8 @@ def _read_band(cursor: _Cursor, keys: Tensor, values: Tensor, positions: Tensor,
     sides = _read_sides(cursor, mode, steps, (keys, values))
     spec = rans.MatrixSpec(tokens - order.outliers, channels, bank(), _tables(sides, order.weights))
     (size,) = struct.unpack("<I", cursor.take(4))
-    return Band(
-        keys, values, positions, rope, order, outliers, _Coded(cursor.take(size), spec, _dequant(sides, order.weights))
-    )
+    coded = _Coded(cursor.take(size), spec, _dequant(sides, order.weights))
+    return Band(keys, values, positions, rope, order, exact, coded)
 
 
 def _read_order(cursor: _Cursor, tokens: int, outliers: int, ordered: int) -> TokenOrder:
