@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cachegen.codec import Codec
 from cachegen.codecs import register
 from cachegen.codecs.base import ChunkCodec, ChunkInfo, EncodedGroups, Group, GroupSegments, LevelLoss, Targets
-from cachegen.container import HEAD_READ, ObjectReader
+from cachegen.container import HEAD_READ, ObjectReader, write_object
 from cachegen.engines.transformers import cache_keyword
 from cachegen.errors import (
     ChecksumError,
@@ -26,6 +26,7 @@ from cachegen.errors import (
     FormatError,
     InputError,
     LevelError,
+    LimitExceeded,
     LineageError,
     NotAnObject,
     PositionError,
@@ -249,8 +250,16 @@ def test_a_damaged_hint_hides_the_tail_only(memory: MemoryStore, objects: SyncSt
         assert store.load(ids(40)).num_tokens == 22
 
 
-def test_concurrent_saves_keep_all_hints(memory: MemoryStore, objects: SyncStore) -> None:
-    with make(memory) as store:
+def test_concurrent_saves_keep_all_hints() -> None:
+    class Slow(MemoryStore):
+        async def _get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+            found = await super()._get_ranges(key, ranges)
+            await asyncio.sleep(0.002)
+            return found
+
+    slow = Slow()
+    objects = SyncStore(slow)
+    with make(slow) as store:
 
         async def main() -> None:
             await asyncio.gather(*(store.asave(ids(tokens), context(tokens)) for tokens in range(17, 32)))
@@ -500,10 +509,11 @@ def test_another_models_object_is_found_out(memory: MemoryStore, objects: SyncSt
     with make(memory) as store:
         store.save(ids(16), context(16))
         (name,) = chunk_names(objects)
-        foreign = codec_for(weights="other").encode(context(16)).data
-        objects.put(name, foreign)
+        foreign = KVSpec("toy", "bfloat16", (LayerSpec(LayerKind.ATTENTION, 2, 512, 512),))
+        objects.put(name, codec_for(spec=foreign).encode(context(16, spec=foreign)).data)
         miss = store.load(ids(16))
         assert isinstance(miss.problems[0].error, FingerprintMismatch)
+        assert miss.bytes_read == HEAD_READ < objects.size(name), "found out from the head"
 
 
 def test_an_object_without_tokens_is_found_out(memory: MemoryStore, objects: SyncStore) -> None:
@@ -544,6 +554,27 @@ def test_a_store_that_fails_midway_ends_the_prefix() -> None:
         hit = store.load(ids(80))
         assert hit.num_tokens == 48
         assert isinstance(hit.problems[0].error, StoreUnavailable)
+
+
+def test_a_prefix_that_ends_leaves_no_fetch_behind() -> None:
+    flaky = Flaky()
+    with make(flaky) as store:
+        store.save(ids(80), context(80))
+        flaky.broken = {chunk_names(SyncStore(flaky))[0]}
+        flaky.held = threading.Event()
+        assert not store.load(ids(80))
+        assert flaky.cancelled == 3
+
+
+def test_an_object_of_absurd_size_is_not_fetched(memory: MemoryStore, objects: SyncStore) -> None:
+    with make(memory) as store:
+        store.save(ids(16), context(16))
+        (name,) = chunk_names(objects)
+        header = ObjectReader(objects.get(name)).header
+        objects.put(name, write_object(header, [[bytes(1_000_000)] for _ in header.groups]))
+        miss = store.load(ids(16))
+        assert isinstance(miss.problems[0].error, LimitExceeded)
+        assert miss.bytes_read == HEAD_READ
 
 
 def test_a_store_that_can_not_be_asked_is_an_error() -> None:
@@ -768,6 +799,23 @@ def test_fetches_run_ahead_of_decoding_but_not_far() -> None:
     with make(counting) as store:
         store.save(ids(320), context(320))
         store.load(ids(320))
+        assert 2 <= counting.most <= 4
+
+
+def test_encoding_runs_ahead_of_writing_but_not_far() -> None:
+    class Counting(MemoryStore):
+        open = most = 0
+
+        async def _put(self, key: str, data: Any) -> None:
+            self.open += 1
+            self.most = max(self.most, self.open)
+            await asyncio.sleep(0.05)
+            self.open -= 1
+            await super()._put(key, data)
+
+    counting = Counting()
+    with make(counting) as store:
+        store.save(ids(320), context(320))
         assert 2 <= counting.most <= 4
 
 

@@ -390,6 +390,9 @@ async def test_replaces_by_a_larger_object(store: Store) -> None:
     await store.put("a", bytes(500))
     assert await store.size("a") == 500
     assert await keys(store) == ["a", "c"]
+    await store.put("b", bytes(200))
+    await store.put("b", bytes(450))
+    assert await keys(store) == ["a", "b"], "what is replaced makes room itself"
 
 
 @on("limited_url")

@@ -179,6 +179,8 @@ def test_a_wrong_total_is_mended(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("not a number")
     asyncio.run(store.put("c", bytes(400)))
     assert keys(store) == ["b", "c"]
+    asyncio.run(store.delete("b"))
+    assert int((tmp_path / "lock").read_text()) == 400
 
 
 # ---------------------------------------------------------------------- no room
