@@ -5,6 +5,8 @@
     chunk = codec.decode(encoded.data, level=2)         # bytes -> KVChunk
     store = cachegen.KVStore(codec, "file:cache")
     store.save(ids, cache); hit = store.load(ids)       # by chunks, longest stored prefix
+
+Names are loaded on first use, so that importing the package costs next to nothing.
 """
 
 from __future__ import annotations
