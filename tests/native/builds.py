@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "cachegen" / "native"
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
-SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZE = ("-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def compiler() -> str:
