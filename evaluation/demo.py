@@ -234,7 +234,7 @@ def show(result: Result, console: Console) -> None:
         "Encoded, stored, read back and decoded ([bold]*[/]: the codec's default level):"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("codec", "level", "MB", "ratio", "bits", "encode s", "load s", "KL", "same answers"):
+    for name in ("codec", "level", "MB", "ratio", "bits", "encode s", "load s", "KL", "same"):
         table.add_column(name, justify="left" if name == "codec" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -246,13 +246,14 @@ def show(result: Result, console: Console) -> None:
             f"{row['encode_s']:.2f}",
             f"{row['load_s']:.2f}",
             f"{row['kl']:.4f}",
-            f"{row['same_answers']} of {len(questions)}",
+            f"{row['same_answers']}/{len(questions)}",
             style="bold" if row["default"] else "",
         )
     console.print(table)
     console.print(
         "load s: fetch and decode into a new cache, instead of reading the text again. bits: of each number in the "
-        "cache, all bytes counted. KL: of next-token distributions on the questions and untouched answers, in nats.\n",
+        "cache, all bytes counted. KL: of next-token distributions on the questions and untouched answers, in nats. "
+        "same: answers equal to the untouched ones.\n",
         style="dim",
     )
     spoken = Table(title="The answers", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_lines=True)

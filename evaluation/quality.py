@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from .runner import Runner
     from .tasks import TaskContext
 
-FOLLOWING = 256
-"""True tokens after the context on which distributions are compared."""
 TARGETS = (0.01, 0.003)
 DEFAULT_KL = 0.01
 FLOOR = "noise_floor"
@@ -60,10 +58,11 @@ QUICK = {"contexts": 5, "tokens": 512, "cases": 22, "free_running": 0, "calibrat
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures."""
+    """What a run measures: see the verb's options. `following` true tokens after a context are what is compared on."""
 
     contexts: int = 20
     tokens: int = 1024
+    following: int = 256
     cases: int = 220
     free_running: int = 4
     calibration_tokens: int = 32_768
@@ -232,10 +231,10 @@ class Study:
             wanted = [s for s in settings if f"{prefix}/{s.key}" not in self.rows]
             if wanted:
                 chunk = self.runner.engine_chunk(self.runner.prefill(context.ids))
-                prompt = context.continuation[:1]
+                prompt, size = context.continuation[:1], len(context.continuation) - 1
 
-                def generate(version: KVChunk, prompt: Sequence[int] = prompt) -> list[int]:
-                    return self.runner.greedy(self.runner.cache_of(version), prompt, FOLLOWING, stop=False)
+                def generate(version: KVChunk, prompt: Sequence[int] = prompt, size: int = size) -> list[int]:
+                    return self.runner.greedy(self.runner.cache_of(version), prompt, size, stop=False)
 
                 reference = generate(chunk)
                 for setting in wanted:
@@ -383,7 +382,7 @@ def run(
 
     runner = Runner.load(model)
     contexts = corpora.contexts(
-        runner.tokenizer, plan.contexts, plan.tokens, FOLLOWING + 1, seed=plan.seed, files=text_files
+        runner.tokenizer, plan.contexts, plan.tokens, plan.following + 1, seed=plan.seed, files=text_files
     )
     tasks = task_contexts(runner.tokenizer, plan.cases, min(768, plan.tokens), plan.seed) if plan.cases else []
     texts = corpora.describe(contexts)
@@ -483,6 +482,9 @@ def command(app: typer.Typer) -> None:
         ] = None,
         contexts: Annotated[int, typer.Option("--contexts", min=1, help="Contexts to compress.")] = Plan.contexts,
         tokens: Annotated[int, typer.Option("--tokens", min=16, help="Tokens of a context.")] = Plan.tokens,
+        following: Annotated[
+            int, typer.Option("--following", min=1, help="True tokens after it on which distributions are compared.")
+        ] = Plan.following,
         text_file: Annotated[
             list[Path] | None,
             typer.Option("--text-file", help="Evaluate on this text instead (repeatable)."),
@@ -506,7 +508,7 @@ def command(app: typer.Typer) -> None:
     ) -> None:
         """Bits per element against loss, for every scheme and level.
 
-        The context is compressed; 256 true tokens that follow it are not. KL is between the next-token distributions
+        The context is compressed; the true tokens that follow it are not. KL is between the next-token distributions
         after the untouched bf16 cache and after the decoded one, the model in fp32. Retrieval asks for facts hidden
         in other contexts. docs/guide/bench.md explains every column.
 

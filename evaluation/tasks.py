@@ -25,7 +25,8 @@ SOLVED = 0.8
 """A task counts only if the untouched model answers at least this share of its cases (definitions)."""
 
 NAMES = (
-    "Anna Boris Clara David Edith Frank Greta Henry Irene Jacob Karen Louis Maria Nigel Olive Peter Rosa Simon Tanya Victor"
+    "Anna Boris Clara David Edith Frank Greta Henry Irene Jacob Karen Louis Maria Nigel Olive Peter Rosa Simon Tanya "
+    "Victor"
 ).split()
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 WORDS = (
