@@ -376,15 +376,15 @@ class KVChunk:
                 raise LayoutError(f"{where}: the last dimension must be contiguous; got strides {tensor.stride()}")
 
     def cpu(self) -> KVChunk:
-        """The chunk with its tensors on the CPU (itself where they are there already)."""
-        if all(tensor.device.type == "cpu" for _, _, tensor in self.tensors()):
+        """The chunk with its tensors on the CPU and out of autograd's sight (itself where they are already)."""
+        if all(tensor.device.type == "cpu" and not tensor.requires_grad for _, _, tensor in self.tensors()):
             return self
         layers = [
             LayerKV(
                 layer.kind,
-                {name: tensor.cpu() for name, tensor in layer.tensors.items()},
+                {name: tensor.detach().cpu() for name, tensor in layer.tensors.items()},
                 layer.tokens,
-                {name: scale.cpu() for name, scale in layer.scales.items()},
+                {name: scale.detach().cpu() for name, scale in layer.scales.items()},
             )
             for layer in self.layers
         ]

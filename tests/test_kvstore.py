@@ -720,6 +720,19 @@ def test_a_damaged_chunk_among_windows(memory: MemoryStore, objects: SyncStore) 
 
 
 # ---------------------------------------------------------------------- the caller's input
+@pytest.mark.parametrize("name", ["lossless", "channel"])
+def test_takes_caches_computed_with_gradients_on(memory: MemoryStore, name: str) -> None:
+    whole = context(20)
+    for layer in whole.layers:
+        layer.tensors = {n: t.clone().requires_grad_() for n, t in layer.tensors.items()}
+    with make(memory, name) as store:
+        store.save(ids(20), whole)
+        hit = store.load(ids(20))
+        assert hit.num_tokens == 20
+        assert hit.chunk is not None
+        assert not any(tensor.requires_grad for _, _, tensor in hit.chunk.tensors())
+
+
 def test_refuses_what_it_can_not_save(memory: MemoryStore, objects: SyncStore) -> None:
     with make(memory) as store:
         with pytest.raises(InputError, match="expected a transformers cache or a KVChunk"):
