@@ -240,7 +240,7 @@ def from_bits(data, dtype):
 
 
 def rotate(keys, positions, rope):
-    """Un-rotated keys, fp32 [tokens, heads, dim], turned to positions (format.md, *Spec*)."""
+    """Un-rotated keys, fp32 [tokens, heads, dim], turned to positions (format.md, *RoPE*)."""
     if rope is None:
         return keys
     dim = rope["dim"]
@@ -284,15 +284,23 @@ def read_bank(data):
     return Bank(freqs, offset, low_bits, bool(escape), points, np.float32(bias))
 
 
+BUILTIN_DIGESTS = {
+    "laplace": "ba24ca52de1d445a815253a1010e721719c26edd7828e23cfe4ae5a9906fbbc5",
+    "general": "7abb59814c065e05353f8a648a4b528ef1308dbc7146c8195b81e445690287f3",
+    "gaussian": "ec0e85f9c599bd1d97b1685f7d1abfbfa82c97553298e7333db65948fc221223",
+}
+
+
 @cache
 def builtin_bank():
     """The three built-in banks as one: table = shape x 68 + scale index."""
-    from cachegen.entropy.builtin_data import BANKS
+    from cachegen.entropy.builtin_data import BANKS  # data
 
-    banks = [
-        read_bank(zlib.decompress(base64.b85decode("".join(BANKS[shape]))))
-        for shape in ("laplace", "general", "gaussian")
-    ]
+    banks = []
+    for shape, digest in BUILTIN_DIGESTS.items():
+        raw = zlib.decompress(base64.b85decode("".join(BANKS[shape])))
+        need(hashlib.sha256(raw).hexdigest() == digest, "a built-in bank")
+        banks.append(read_bank(raw))
     return Bank(
         np.concatenate([bank.freqs for bank in banks]),
         banks[0].offset,
@@ -579,38 +587,38 @@ def read_band(cursor, tokens, heads, layer, dtype):
     need(mode <= 3, "mode")
     if mode == 3:
         return [from_bits(cursor.take(tokens * w * DTYPE_BYTES[dtype]), dtype).reshape(tokens, w) for w in widths]
-    fine, ordered = cursor.unpack("BB")
+    outliers, ordered = cursor.unpack("BB")
     steps = cursor.unpack("ff")
-    need(fine <= min(32, tokens - 1) and ordered <= 1 and (ordered or not fine), "outliers")
+    need(outliers <= min(32, tokens - 1) and ordered <= 1 and (ordered or not outliers), "outliers")
     need(all(2.0**-126 <= step < 2.0**100 for step in steps), "steps")
-    blocks = -(-(tokens - fine) // 32)
+    blocks = -(-(tokens - outliers) // 32)
     weights = [0] * blocks
     order = list(range(tokens))
+    rows = np.empty((tokens, sum(widths)), np.float32)
     if ordered:
         weights = list(cursor.unpack(f"{blocks}b"))
-        need(all(-16 <= w <= 16 for w in weights), "weights")
+        need(all(-4 <= w <= 4 for w in weights), "weights")
         packed = cursor.take(-(-tokens // 2))
         classes = [packed[t // 2] >> 4 * (t % 2) & 15 for t in range(tokens)]
         need(tokens % 2 == 0 or packed[-1] >> 4 == 0, "the unused half byte")
-        sizes = [fine] + [min(32, tokens - fine - 32 * b) for b in range(blocks)]
+        sizes = [outliers] + [min(32, tokens - outliers - 32 * b) for b in range(blocks)]
         need([classes.count(c) for c in range(16)] == sizes + [0] * (15 - blocks), "classes")
         order = sorted(order, key=lambda t: classes[t])
+        for token in order[:outliers]:
+            rows[token] = from_bits(cursor.take(sum(widths) * DTYPE_BYTES[dtype]), dtype)
+    order = order[outliers:]
     sides = read_sides(cursor, mode, widths, (heads, heads))
-    matrices = ([(0, fine, [8])] if fine else []) + [(fine, tokens, weights)]
-    lengths = cursor.unpack(f"{len(matrices)}I")
     index, shape, step, bias = [], [], [], []  # of the channels of k, then of v
     for width, base, (indices, shapes, means) in zip(widths, steps, sides, strict=True):
         index += indices
         shape += shapes
         step += [base] * width
         bias += [np.float32(m * (base / 8)) for m in means or []]
-    rows = np.empty((tokens, sum(widths)), np.float32)
-    for (first, last, weight), length in zip(matrices, lengths, strict=True):
-        tables = [[s * 68 + min(67, max(0, i + 2 * w)) for i, s in zip(index, shape, strict=True)] for w in weight]
-        points = decode_points(cursor.take(length), (last - first, sum(widths)), builtin_bank(), tables)
-        scale = np.array([[np.float32(s * 2.0 ** (-w / 2)) for s in step] for w in weight])
-        points = points * np.repeat(scale, 32, axis=0)[: last - first]
-        rows[order[first:last]] = points + np.array(bias) if mode == 0 else points
+    tables = [[s * 68 + min(67, max(0, i + 2 * w)) for i, s in zip(index, shape, strict=True)] for w in weights]
+    points = decode_points(cursor.take(cursor.number("I")), (len(order), sum(widths)), builtin_bank(), tables)
+    scale = np.array([[np.float32(s * 2.0 ** (-w / 2)) for s in step] for w in weights])
+    points = points * np.repeat(scale, 32, axis=0)[: len(order)]
+    rows[order] = points + np.array(bias) if mode == 0 else points
     return rows[:, : widths[0]], rows[:, widths[0] :]
 
 
