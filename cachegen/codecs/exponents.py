@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..entropy.tables import PROB_SUM
+from ..errors import ShapeError
 
 MAX_TABLES = 16
-_ROUNDS = 4
-_COLUMN_TABLES = (1, 4, 8)
+_ROUNDS = 3
+_MANY = 1 << 15  # numbers; from here on eight tables pay
+_LONG = 128  # rows; from here on a side for each column pays
 
 
 @dataclass(frozen=True)
@@ -87,58 +89,60 @@ def fit(counts: NDArray[np.uint32], runs: NDArray[np.int64], kind: FloatType) ->
         counts: [columns, exponents] or [columns, exponents, 2] occurrences.
         runs: [runs] first column of each head.
     """
-    columns = counts.reshape(counts.shape[0], 1 << kind.exponent_bits, 1 + kind.signs).astype(np.float64)
-    heads = np.add.reduceat(columns, runs, axis=0)
+    columns = counts.reshape(counts.shape[0], 1 << kind.exponent_bits, 1 + kind.signs)
+    total = int(columns.sum())
+    shares = [(False, columns, (8,) if total >= _MANY else (1, 4))]
+    if total < _LONG * len(columns):
+        shares.append((True, np.add.reduceat(columns, runs, axis=0), (1,)))
     best: tuple[ExponentModel, float] | None = None
-    for per_run, sides in ((False, columns), (True, heads)):
-        base, flip, distances = _center(sides)
+    for per_run, sides, choices in shares:
+        base, flip = _bases(sides)
         for alphabet in kind.alphabets:
-            if alphabet > 16 and best is not None and _escaped(distances, alphabet >> 1, kind) < 0.02 * distances.sum():
-                continue
-            symbols, escapes = _symbols(distances, alphabet, kind)
-            for tables in _COLUMN_TABLES if not per_run else (1,):
-                if tables > len(sides) // 8 and tables > 1:
+            symbols, escapes = _symbols(sides, base, flip, alphabet, kind)
+            for tables in choices:
+                if tables > 1 and tables > len(sides) // 8:
                     continue
                 freqs, table, bits = _cluster(symbols, tables)
                 bits += 8 * escapes + 16 * np.count_nonzero(freqs) + 8 * len(sides)
                 if best is None or bits < best[1]:
                     model = ExponentModel(freqs, base, flip, table.astype(np.uint8), per_run)
                     best = (model, float(bits))
-    assert best is not None
+            if escapes < 0.02 * total:
+                break  # larger alphabets save escapes only
+    if best is None:
+        raise ShapeError("lossless: a matrix without columns has no model")
     return best
 
 
-def _center(sides: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
-    """Bases (largest exponents but for one number in 64), sign flips, and occurrences by (distance, sign bit)."""
-    by_exponent = sides.sum(2)
-    exponents = by_exponent.shape[1]
-    above = by_exponent.sum(1, keepdims=True) - by_exponent.cumsum(1)
-    base = (above <= by_exponent.sum(1, keepdims=True) / 64).argmax(1)
+def _bases(sides: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Bases (largest exponents but for one number in 64), and sign flips."""
+    by_exponent = sides.sum(2, dtype=np.int64)
+    used = np.flatnonzero(by_exponent.any(0))
+    low, high = int(used[0]), int(used[-1]) + 1
+    upto = by_exponent[:, low:high].cumsum(1)
+    base = low + (64 * (upto[:, -1:] - upto) <= upto[:, -1:]).argmax(1)
     flip = np.zeros(len(sides), dtype=np.uint8)
     if sides.shape[2] == 2:
         flip = (sides[:, :, 1].sum(1) > sides[:, :, 0].sum(1)).astype(np.uint8)
-    order = (base[:, None] - np.arange(exponents)) % exponents
-    distances = np.take_along_axis(sides, order[:, :, None], axis=1)
-    swap = flip.astype(bool)
-    distances[swap] = distances[swap][:, :, ::-1]
-    return base.astype(np.uint8), flip, distances
+    return base.astype(np.uint8), flip
 
 
-def _escaped(distances: NDArray[np.float64], alphabet: int, kind: FloatType) -> float:
-    held = alphabet >> kind.signs
-    return float(distances[:, held - 1 :].sum()) if held < distances.shape[1] else 0.0
-
-
-def _symbols(distances: NDArray[np.float64], alphabet: int, kind: FloatType) -> tuple[NDArray[np.float64], float]:
+def _symbols(
+    sides: NDArray[np.uint32], base: NDArray[np.uint8], flip: NDArray[np.uint8], alphabet: int, kind: FloatType
+) -> tuple[NDArray[np.float64], float]:
     """Occurrences by symbol [sides, alphabet], and how many numbers escape."""
-    held = alphabet >> kind.signs
-    if held >= distances.shape[1]:
-        full = np.zeros((len(distances), held, distances.shape[2]))
-        full[:, : distances.shape[1]] = distances
-        return full.reshape(len(full), alphabet), 0.0
-    symbols = distances[:, :held].copy()
-    symbols[:, held - 1] = distances[:, held - 1 :].sum(1)
-    return symbols.reshape(len(symbols), alphabet), float(symbols[:, held - 1].sum())
+    held, exponents = alphabet >> kind.signs, sides.shape[1]
+    direct = exponents if held >= exponents else held - 1
+    at = (base[:, None].astype(np.int64) - np.arange(direct)) % exponents
+    symbols = np.zeros((len(sides), held, sides.shape[2]))
+    symbols[:, :direct] = np.take_along_axis(sides, at[:, :, None], axis=1)
+    escapes = 0.0
+    if direct < exponents:
+        symbols[:, held - 1] = sides.sum(1) - symbols[:, :direct].sum(1)
+        escapes = float(symbols[:, held - 1].sum())
+    swap = flip.astype(bool)
+    symbols[swap] = symbols[swap][:, :, ::-1]
+    return symbols.reshape(len(symbols), alphabet), escapes
 
 
 def _cluster(symbols: NDArray[np.float64], tables: int) -> tuple[NDArray[np.uint16], NDArray[np.int64], float]:

@@ -16,6 +16,10 @@ using cg::Layout;
 using cg::packed_bytes;
 
 void pack_row(const uint8_t *values, size_t columns, int bits, uint8_t *packed) {
+  if (bits == 8) {
+    std::memcpy(packed, values, columns);
+    return;
+  }
   const size_t q = packed_bytes(columns, bits);
   std::memset(packed, 0, q);
   for (size_t c = 0; c < columns; c++) packed[c % q] |= static_cast<uint8_t>(values[c] << (c / q * bits));
