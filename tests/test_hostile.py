@@ -285,6 +285,23 @@ class TestSizes:
             tracemalloc.stop()
 
     @pytest.mark.parametrize(
+        "lies",
+        [
+            {"header": (1 << 20) + 1},
+            {"tokens": 1 << 24},
+            {"groups": 65537},
+            {"levels": 17},
+            {"levels": 0},
+            {"shift": 5},
+            {"total": (1 << 44) + 16},
+        ],
+        ids=str,
+    )
+    def test_sizes_beyond_the_limits(self, lies):
+        with pytest.raises(LimitExceeded):
+            ObjectReader(forge(**lies))
+
+    @pytest.mark.parametrize(
         "entries", [ENTRIES[:-1], ENTRIES[:-8], ENTRIES + bytes(3), ENTRIES + bytes(8), b""], ids=len
     )
     def test_an_index_of_other_length(self, entries):
