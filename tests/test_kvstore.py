@@ -472,6 +472,26 @@ def test_a_damaged_first_chunk_is_a_miss_with_a_reason(memory: MemoryStore, obje
         assert len(miss.problems) == 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(chunk=st.integers(0, 3), at=st.integers(0, 1 << 20), bit=st.integers(0, 7), cut=st.booleans())
+def test_any_damage_leaves_the_exact_prefix(chunk: int, at: int, bit: int, cut: bool) -> None:
+    memory = MemoryStore()
+    objects = SyncStore(memory)
+    with make(memory) as store:
+        store.save(ids(50), context(50))
+        name = chunk_names(objects)[chunk]
+        data = bytearray(objects.get(name))
+        at %= len(data)
+        data[at] ^= 1 << bit
+        objects.put(name, bytes(data[:at]) if cut else bytes(data))
+        hit = store.load(ids(50))
+        assert hit.num_tokens in (16 * chunk, 50), "the chunk is refused, or the damage is in padding"
+        assert hit.num_tokens == 50 or len(hit.problems) == 1
+        if hit:
+            assert equal(hit.chunk, context(50))
+    objects.close()
+
+
 def test_a_missing_chunk_ends_the_prefix(memory: MemoryStore, objects: SyncStore) -> None:
     with make(memory) as store:
         store.save(ids(80), context(80))
@@ -943,3 +963,31 @@ def test_generation_goes_on_from_loaded_windows() -> None:
         short = store.load(prompt[:50], model=network)
         assert not short, "49 tokens: the window of the 49th was dropped, so nothing can go on from there"
         assert "sliding" in str(short.problems[0])
+
+
+def test_sequences_of_a_batch_and_static_caches(memory: MemoryStore) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    batch = torch.randint(1, 99, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dynamic = network(batch, use_cache=True)
+        dynamic = dynamic.cache if "cache" in dynamic else dynamic.past_key_values
+        static = StaticCache(config=network.config, max_cache_len=64)
+        network(batch[:1], use_cache=True, **{cache_keyword(network): static})
+    with KVStore(Codec.for_model(network, "lossless"), memory, chunk_size=16) as store:
+        for index in (0, 1):
+            assert store.save(batch[index], dynamic, batch_index=index).stored == 3
+            hit = store.load(batch[index])
+            assert hit.chunk is not None
+            for layer, untouched in zip(hit.chunk.layers, dynamic.layers, strict=True):
+                assert torch.equal(layer.tensors["k"].transpose(0, 1), untouched.keys[index])
+        assert store.save(batch[0], static).skipped == 3, "the same tokens, by another kind of cache"
+        with pytest.raises(RangeError):
+            store.save(batch[0, :7], dynamic, batch_index=2)
+    with KVStore(Codec.for_model(network, "lossless"), MemoryStore(), chunk_size=16) as store:
+        store.save(batch[0], static)
+        hit = store.load(batch[0], model=network, max_tokens=24)
+        assert torch.equal(hit.cache.layers[1].values, static.layers[1].values[:, :, :24])
