@@ -16,6 +16,7 @@ import torch
 
 from cachegen.codecs.base import Group, LevelLoss
 from cachegen.container import CodecEntry, ObjectHeader, ObjectReader, verify, write_object
+from cachegen.inspection import describe
 from cachegen.keys import token_digest
 from cachegen.kv import KVSpec, LayerKind, LayerSpec, Lineage
 from cachegen.rope import Rope
@@ -179,6 +180,17 @@ def test_the_plain_decoder_decodes_them_too(reference, make, name):
         expected(name),
         ObjectReader(data).header.spec,
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_their_descriptions_add_up(name):
+    reader = ObjectReader((VECTORS / f"{name}.kvc").read_bytes())
+    shown = json.loads(json.dumps(describe(reader), allow_nan=False))
+    tensors = {key.split(".", 1)[1]: 0 for key in expected(name)}
+    for key, array in expected(name).items():
+        tensors[key.split(".", 1)[1]] += array.size
+    assert shown["elements"] == sum(tensors.get(tensor, 0) for tensor in ("k", "v", "latent", "rope"))
+    assert shown["levels"][0]["bytes_to_read"] == shown["bytes"] == (VECTORS / f"{name}.kvc").stat().st_size
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("lossless")])
