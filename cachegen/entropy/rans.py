@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import numpy as np
@@ -45,7 +46,6 @@ ISA_VARIABLE = "CACHEGEN_ISA"
 _OK, _BAD_ARGUMENT, _BAD_TABLE, _CAPACITY, _CORRUPT, _TRUNCATED, _NO_MEMORY, _NO_ISA = range(8)
 _INT_TYPES = {torch.uint8: 0, torch.int16: 1, torch.int32: 2}
 _FLOAT_TYPES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}
-_DECODE_FIELDS = 16
 _ENCODE_FIELDS = 10
 
 
@@ -84,6 +84,12 @@ class MatrixSpec:
             )
         if not ids.flags.c_contiguous:
             object.__setattr__(self, "table_ids", np.ascontiguousarray(ids))
+
+    @cached_property
+    def _native_fields(self) -> tuple[int, int, int, int, int]:
+        """The first members of a native job. The arrays they point to live as long as this spec."""
+        stride = 0 if self.table_ids.ndim == 1 else self.components
+        return _native_bank(self.bank).address, _address(self.table_ids), stride, self.tokens, self.components
 
     @property
     def blocks(self) -> int:
@@ -136,17 +142,14 @@ def encode(
     if not specs:
         return []
     jobs = np.zeros((len(specs), _ENCODE_FIELDS), np.int64)
-    keep: list[object] = []
     for i, (value, spec) in enumerate(zip(values, specs, strict=True)):
         where = f"values[{i}]"
         if value.dtype not in _INT_TYPES:
             raise DtypeError(f"{where}: expected uint8, int16 or int32; got {value.dtype}")
         _check_matrix_tensor(where, value, spec)
         _check_symbols(where, value.dtype, spec.bank)
-        handle = _native_bank(spec.bank)
-        keep.append(handle)
         jobs[i] = (
-            *_matrix_fields(spec, handle),
+            *spec._native_fields,
             value.data_ptr(),
             _INT_TYPES[value.dtype],
             value.stride(0) if spec.tokens > 1 else spec.components,
@@ -193,12 +196,10 @@ def decode(
             raise DtypeError(f"{where}: expected uint8, int16 or int32; got {target.dtype}")
         _check_matrix_tensor(where, target, spec)
         _check_symbols(where, target.dtype, spec.bank)
-        handle = _native_bank(spec.bank)
         address, size = _bytes_of(data[i], keep)
-        keep.append(handle)
         stride = target.stride(0) if spec.tokens > 1 else spec.components
         layout = (target.data_ptr(), _INT_TYPES[target.dtype], stride, 0, spec.components)
-        rows.append((*_matrix_fields(spec, handle), address, size, *layout, 0, 0, 0, 0))
+        rows.append((*spec._native_fields, address, size, *layout, 0, 0, 0, 0))
     _run_decode(rows, specs, data, threads, isa)
 
 
@@ -239,14 +240,12 @@ def decode_dequant(
         else:
             _check_matrix_tensor(where, target, spec)
             dim, head_stride = spec.components, 0
-        handle = _native_bank(spec.bank)
         address, size = _bytes_of(data[i], keep)
-        keep.append(handle)
         scale, scale_stride = _vector(f"dequants[{i}].scale", dequant.scale, (spec.components,), spec.blocks)
         token_scale, _ = _vector(f"dequants[{i}].token_scale", dequant.token_scale, (spec.tokens,))
         bias, _ = _vector(f"dequants[{i}].bias", dequant.bias, (spec.components,))
         layout = (target.data_ptr(), _FLOAT_TYPES[target.dtype], target.stride(0), head_stride, dim)
-        rows.append((*_matrix_fields(spec, handle), address, size, *layout, scale, scale_stride, token_scale, bias))
+        rows.append((*spec._native_fields, address, size, *layout, scale, scale_stride, token_scale, bias))
     _run_decode(rows, specs, data, threads, isa)
 
 
@@ -276,14 +275,12 @@ class _NativeBank:
         weakref.finalize(self, lib.cg_bank_free, ctypes.c_void_p(self.address))
 
 
-_NATIVE_BANKS: weakref.WeakKeyDictionary[TableBank, _NativeBank] = weakref.WeakKeyDictionary()
-
-
 def _native_bank(bank: TableBank) -> _NativeBank:
-    handle = _NATIVE_BANKS.get(bank)
+    """The bank's native form, built once and kept with it."""
+    handle: _NativeBank | None = bank.__dict__.get("_native")
     if handle is None:
         bank.validate()
-        handle = _NATIVE_BANKS.setdefault(bank, _NativeBank(bank))
+        handle = bank.__dict__.setdefault("_native", _NativeBank(bank))
     return handle
 
 
@@ -302,12 +299,6 @@ def _isa_number(isa: str | None) -> int:
 
 def _address(array: NDArray[np.generic]) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _matrix_fields(spec: MatrixSpec, handle: _NativeBank) -> tuple[int, int, int, int, int]:
-    ids = spec.table_ids
-    stride = 0 if ids.ndim == 1 else spec.components
-    return handle.address, _address(ids), stride, spec.tokens, spec.components
 
 
 def _bytes_of(data: bytes | bytearray | memoryview, keep: list[object]) -> tuple[int, int]:

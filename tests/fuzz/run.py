@@ -61,6 +61,8 @@ def _round_trips() -> None:
             out = [torch.zeros_like(tensor) for tensor in tensors]
             record = float_records.write_record(tensors, None)
             float_records.decode(float_records.read_record(float_records.Cursor(memoryview(record)), out), 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
