@@ -398,16 +398,15 @@ class ObjectReader:
 
     def _checked(self, level: int, groups: Sequence[int]) -> list[memoryview]:
         """Segments of one level, each compared with its CRC32C when first asked for."""
-        first = level * len(self.header.groups)
-        row = slice(first, first + len(self.header.groups))
-        starts = self._starts[row].tolist()
-        lengths, crcs = (self.index[name][row].tolist() for name in ("length", "crc"))
+        slots = np.asarray(groups, dtype=np.int64) + level * len(self.header.groups)
+        starts = self._starts[slots].tolist()
+        lengths, crcs = (self.index[name][slots].tolist() for name in ("length", "crc"))
         views = []
-        for group in groups:
+        for group, start, length, crc in zip(groups, starts, lengths, crcs, strict=True):
             view = self._verified.get((level, group))
             if view is None:
-                view = self.bytes_of(ByteRange(starts[group], starts[group] + lengths[group]))
-                if crc32c(view) != crcs[group]:
+                view = self.bytes_of(ByteRange(start, start + length))
+                if crc32c(view) != crc:
                     raise ChecksumError(
                         f"segment of level {level}, group {group}: its CRC32C doesn't match: the bytes were altered. "
                         "Fetch them again",
