@@ -199,6 +199,16 @@ class Plan:
     deltas: MatrixSpec | None
 
 
+@dataclass(frozen=True)
+class _Coded:
+    """A segment: its group's plan, streams, and fp32 [rows] token scales."""
+
+    plan: Plan
+    anchors: memoryview
+    scale: Tensor | None
+    deltas: memoryview
+
+
 class CacheGen(ChunkCodec):
     """The paper's codec. Immutable; needs a profile (`cachegen calibrate --codec cachegen`)."""
 
@@ -265,7 +275,7 @@ class CacheGen(ChunkCodec):
         if not 0 <= level < self.num_levels:
             raise LevelError(f"level: codec cachegen has 0..{self.num_levels - 1}; got {level}")
         segments: list[list[bytes]] = []
-        for batch in self._batches(groups, chunk.spec, chunk.num_tokens, threads):
+        for batch, _ in self._batches(groups, chunk.spec, chunk.num_tokens, threads):
             segments += [[segment] for segment in self._encode(chunk, batch, level, threads)]
         return EncodedGroups(segments, [LevelLoss(level, self.model.ladder.get(level))])
 
@@ -317,47 +327,41 @@ class CacheGen(ChunkCodec):
     # ------------------------------------------------------------------ decode
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
         by_group = {id(part.group): part for part in parts}
-        groups = [part.group for part in parts]
-        for batch in self._batches(groups, info.spec, info.num_tokens, threads):
-            self._decode(info, [by_group[id(group)] for group in batch], targets, threads)
+        batches = list(self._batches([part.group for part in parts], info.spec, info.num_tokens, threads))
+        memory = torch.empty(max((values for _, values in batches), default=0))
+        for batch, _ in batches:
+            self._decode(info, [by_group[id(group)] for group in batch], targets, threads, memory)
 
-    def _decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
+    def _decode(
+        self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int, memory: Tensor
+    ) -> None:
+        """Decode a batch of groups to fp32 in `memory`, then put anchors and deltas together in the targets."""
         read = [self._read(info, part) for part in parts]
-        references = [torch.empty(p.anchors.tokens, p.anchors.components) for p, *_ in read if p.anchors is not None]
-        self._entropy_decode(
-            [stream for plan, stream, *_ in read if plan.anchors is not None],
-            [plan.anchors for plan, *_ in read if plan.anchors is not None],
-            [Dequant(plan.anchor_step, None, plan.mean) for plan, *_ in read if plan.anchors is not None],
-            references,
-            threads,
-        )
-        deltas = [torch.empty(p.deltas.tokens, p.deltas.components) for p, *_ in read if p.deltas is not None]
-        self._entropy_decode(
-            [stream for plan, _, _, stream in read if plan.deltas is not None],
-            [plan.deltas for plan, *_ in read if plan.deltas is not None],
-            [
-                Dequant(plan.delta_step, scale, None if self.options.delta else plan.mean)
-                for plan, _, scale, _ in read
-                if plan.deltas is not None
-            ],
-            deltas,
-            threads,
-        )
-        anchor, delta = iter(references), iter(deltas)
-        for (plan, *_), part in zip(read, parts, strict=True):
-            out = [targets[part.group.layers[0], name] for name in part.group.names]
-            rows = next(delta) if plan.deltas is not None else torch.empty(0, plan.mean.shape[0])
+        streams: list[memoryview] = []
+        specs: list[MatrixSpec] = []
+        dequants: list[Dequant] = []
+        out: list[Tensor] = []
+        for coded in read:
+            plan, memory = coded.plan, _take(memory, coded.plan, out)
+            if plan.anchors is not None:
+                streams.append(coded.anchors)
+                specs.append(plan.anchors)
+                dequants.append(Dequant(plan.anchor_step, None, plan.mean))
+            if plan.deltas is not None:
+                streams.append(coded.deltas)
+                specs.append(plan.deltas)
+                dequants.append(Dequant(plan.delta_step, coded.scale, None if self.options.delta else plan.mean))
+        coded_rows = [rows for rows in out if rows.shape[0]]
+        self._entropy_decode(streams, specs, dequants, coded_rows, threads)
+        for i, part in enumerate(parts):
+            group = [targets[part.group.layers[0], name] for name in part.group.names]
             if self.options.delta:
-                join(next(anchor), rows, self.options.group_length, out)
+                join(out[2 * i], out[2 * i + 1], self.options.group_length, group)
             else:
-                start = 0
-                for target in out:
-                    width = target.shape[1] * target.shape[2]
-                    target.copy_(rows[:, start : start + width].view(target.shape))
-                    start += width
+                _spread(out[2 * i + 1], group)
 
-    def _read(self, info: ChunkInfo, part: GroupSegments) -> tuple[Plan, memoryview, Tensor | None, memoryview]:
-        """(plan, anchors' stream, token scales, deltas' stream) of a segment."""
+    def _read(self, info: ChunkInfo, part: GroupSegments) -> _Coded:
+        """A segment, taken apart and checked."""
         group, data = part.group, part.segments[-1] if part.segments else memoryview(b"")
         where = f"cachegen: group of layer {group.layers[0]}"
         layer = info.spec.layers[group.layers[0]]
@@ -382,7 +386,7 @@ class CacheGen(ChunkCodec):
             scale = torch.frombuffer(bytearray(data[_HEAD.size : start]), dtype=torch.float16).to(torch.float32)
             if not bool(torch.isfinite(scale).all()):
                 raise FormatError(f"{where}: expected finite token scales")
-        return plan, data[start : start + length], scale, data[start + length :]
+        return _Coded(plan, data[start : start + length], scale, data[start + length :])
 
     # ------------------------------------------------------------------ entropy coders
     def _entropy_encode(self, values: Sequence[Tensor], specs: Sequence[MatrixSpec], threads: int) -> list[bytes]:
@@ -435,22 +439,41 @@ class CacheGen(ChunkCodec):
 
     def _batches(
         self, groups: Sequence[Group], spec: KVSpec, num_tokens: int, threads: int
-    ) -> Iterator[Sequence[Group]]:
-        """Groups in batches whose fp32 values fit in the scratch of `threads` threads."""
+    ) -> Iterator[tuple[Sequence[Group], int]]:
+        """Groups in batches whose fp32 values fit in the scratch of `threads` threads, and how many values that is."""
         batch: list[Group] = []
         size = 0
         for group in groups:
             first, last = group.tokens or (0, num_tokens)
             layer = spec.layers[group.layers[0]]
             width = sum(layer.dim(name) for name in group.names) * (group.heads[1] - group.heads[0])
-            need = 4 * (last - first) * width
-            if batch and size + need > SCRATCH * max(1, threads):
-                yield batch
+            need = (last - first) * width
+            if batch and 4 * (size + need) > SCRATCH * max(1, threads):
+                yield batch, size
                 batch, size = [], 0
             batch.append(group)
             size += need
         if batch:
-            yield batch
+            yield batch, size
+
+
+def _take(memory: Tensor, plan: Plan, out: list[Tensor]) -> Tensor:
+    """Append to `out` a group's anchors and deltas, [rows, components] each, from `memory`; returns what is left."""
+    components = plan.mean.shape[0]
+    for spec in (plan.anchors, plan.deltas):
+        rows = 0 if spec is None else spec.tokens
+        out.append(memory[: rows * components].view(rows, components))
+        memory = memory[rows * components :]
+    return memory
+
+
+def _spread(rows: Tensor, targets: Sequence[Tensor]) -> None:
+    """Put rows [tokens, components] in targets [tokens, heads, dim], one after the other."""
+    start = 0
+    for target in targets:
+        width = target.shape[1] * target.shape[2]
+        target.copy_(rows[:, start : start + width].view(target.shape))
+        start += width
 
 
 def layer_groups(spec: KVSpec, head_range: tuple[int, int]) -> list[Group]:

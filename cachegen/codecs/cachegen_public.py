@@ -33,6 +33,8 @@ LMCACHE = "lmcache"
 """LMCache's bins by layer: K 32 in the first ten layers, V 32 in the first two, else 16; all 32 below ten layers."""
 LEVELS: tuple[int | str, ...] = (8, 16, LMCACHE, 32, 64, 128)
 MAX_BINS = 256
+GROUPS_AT_ONCE = 4
+"""Groups that a decoding thread takes at once."""
 _HEAD = struct.Struct("<HHI")
 _DTYPES = ("bfloat16", "float16", "float32")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -110,17 +112,16 @@ class CacheGenPublic(ChunkCodec):
 
     # ------------------------------------------------------------------ decode
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
-        streams: list[memoryview] = []
-        specs: list[MatrixSpec] = []
-        dequants: list[Dequant] = []
-        out: list[Tensor] = []
-        for part in parts:
-            for name, tensor in self._read(info, part):
-                specs.append(tensor.spec)
-                streams.append(tensor.stream)
-                dequants.append(Dequant(None, tensor.scale, None))
-                out.append(targets[part.group.layers[0], name])
-        rans.decode_dequant(streams, specs, dequants, out, threads)
+        step = GROUPS_AT_ONCE * max(1, threads)  # every channel's table is built for one use: don't hold them all
+        for first in range(0, len(parts), step):
+            batch = [(part, name, c) for part in parts[first : first + step] for name, c in self._read(info, part)]
+            rans.decode_dequant(
+                [coded.stream for _, _, coded in batch],
+                [coded.spec for _, _, coded in batch],
+                [Dequant(None, coded.scale, None) for _, _, coded in batch],
+                [targets[part.group.layers[0], name] for part, name, _ in batch],
+                threads,
+            )
 
     def _read(self, info: ChunkInfo, part: GroupSegments) -> list[tuple[str, _Coded]]:
         group, data = part.group, part.segments[-1] if part.segments else memoryview(b"")

@@ -46,21 +46,24 @@ def join(references: Tensor, deltas: Tensor, length: int, targets: Sequence[Tens
 
     Args:
         references: fp32 [anchors, components].
-        deltas: fp32 [tokens - anchors, components], as `others` orders them.
+        deltas: fp32 [tokens - anchors, components], as `others` orders them; the sums are left in it.
         targets: tensors [tokens, heads, dim] with any row and head strides; their channels, one tensor after the
             other, are the components.
     """
+    tokens = references.shape[0] + deltas.shape[0]
+    full, width = tokens // length, length - 1
+    if full and width:
+        deltas[: full * width].view(full, width, -1).add_(references[:full, None])
+    if tokens > full * length + 1:
+        deltas[full * width :].add_(references[full])
     start = 0
     for target in targets:
-        tokens, heads, dim = target.shape
+        _, heads, dim = target.shape
         stop = start + heads * dim
-        anchor = references[:, start:stop].view(-1, heads, dim)
-        delta = deltas[:, start:stop].view(-1, heads, dim)
-        target[::length].copy_(anchor)
-        full, width = tokens // length, length - 1
-        if width and full:
+        target[::length].copy_(references[:, start:stop].view(-1, heads, dim))
+        sums = deltas[:, start:stop].view(-1, heads, dim)
+        if full and width:
             inner = target[: full * length].view(full, length, heads, dim)[:, 1:]
-            torch.add(delta[: full * width].view(full, width, heads, dim), anchor[:full, None], out=inner)
-        if tokens > full * length + 1:
-            torch.add(delta[full * width :], anchor[full], out=target[full * length + 1 :])
+            inner.copy_(sums[: full * width].view(full, width, heads, dim))
+        target[full * length + 1 :].copy_(sums[full * width :])
         start = stop
