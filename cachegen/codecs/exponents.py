@@ -91,7 +91,8 @@ def fit(counts: NDArray[np.uint32], runs: NDArray[np.int64], kind: FloatType) ->
     """
     columns = counts.reshape(counts.shape[0], 1 << kind.exponent_bits, 1 + kind.signs)
     total = int(columns.sum())
-    shares = [(False, columns, (8,) if total >= _MANY else (1, 4))]
+    many = total >= _MANY and len(columns) >= 64  # fewer columns can't fill eight tables
+    shares = [(False, columns, (8,) if many else (1, 4))]
     if total < _LONG * len(columns):
         shares.append((True, np.add.reduceat(columns, runs, axis=0), (1,)))
     best: tuple[ExponentModel, float] | None = None
