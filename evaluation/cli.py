@@ -10,6 +10,7 @@ from importlib import import_module
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cachegen.errors import CacheGenError
 
@@ -37,7 +38,7 @@ def main() -> None:
     try:
         build()()
     except CacheGenError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: finished rows are kept, run the same command to go on")

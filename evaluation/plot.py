@@ -145,8 +145,15 @@ def _finish_axes(axes: Axes, results: Sequence[Result], measure: str) -> None:
     axes.set_xlim(left=0)
     if any(loss <= LEAST_KL for entries in points(rows, measure).values() for _, loss, _ in entries):
         axes.set_ylim(bottom=LEAST_KL / 2)
-        exact = {"xy": (0, LEAST_KL), "xycoords": ("axes fraction", "data"), "xytext": (4, -3)}
-        axes.annotate("exact (0)", **exact, textcoords="offset points", fontsize=8, color="#7d828c")
+        axes.annotate(
+            "exact (0)",
+            (0, LEAST_KL),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color="#7d828c",
+        )
     config = results[0].config
     models = ", ".join(dict.fromkeys(str(result.config.get("model")) for result in results))
     axes.set_title(

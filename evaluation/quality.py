@@ -37,7 +37,7 @@ from .options import (
     options_in_force,
     progress,
 )
-from .results import Result, RowCache
+from .results import Host, Result, RowCache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,8 +219,7 @@ class Study:
         return start
 
     def _answers(self, chunk: KVChunk, task: TaskContext) -> list[bool]:
-        cache = self.runner.cache_of(chunk)
-        return [self.runner.answers(cache, question) for question in task.questions]
+        return self.runner.answers(self.runner.cache_of(chunk), task.questions)
 
     def free_running(self, contexts: Sequence[Context], settings: Sequence[Setting], step: Callable[[], None]) -> None:
         """Generate greedily from the decoded caches of some settings, and from the untouched ones."""
@@ -349,9 +348,12 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         for scheme in schemes:
             points = [(row["bits_per_element"], row["kl"]) for row in rows if row["scheme"] == scheme]
             summary[f"bits_at_kl_{target}.{scheme}"] = bits_at_kl(points, target)
-        ours, theirs = (summary.get(f"bits_at_kl_{target}.{name}") for name in ("cachegen", "cachegen_public"))
-        if "cachegen" in schemes and "cachegen_public" in schemes:
-            summary[f"cachegen_over_cachegen_public_at_kl_{target}"] = ours / theirs if ours and theirs else None
+        if {"cachegen", "cachegen_public"} <= set(schemes):
+            ours, theirs = (summary[f"bits_at_kl_{target}.{name}"] for name in ("cachegen", "cachegen_public"))
+            name = (
+                "cachegen_over_public_at_equal_kl" if target == DEFAULT_KL else f"cachegen_over_public_at_kl_{target}"
+            )
+            summary[name] = ours / theirs if ours and theirs else None
     for row in rows:
         if row["scheme"] == FLOOR:
             summary["noise_floor_kl"] = row["kl"]
@@ -372,6 +374,7 @@ def run(
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
     folder: Path | None = None,
+    device: str = "cpu",
 ) -> Result:
     """Measure `schemes` on `model`. `folder` is where measurements are kept until the run is complete."""
     from . import corpora
@@ -380,7 +383,7 @@ def run(
     from .runner import Runner
     from .tasks import task_contexts
 
-    runner = Runner.load(model)
+    runner = Runner.load(model, device)
     contexts = corpora.contexts(
         runner.tokenizer, plan.contexts, plan.tokens, plan.following + 1, seed=plan.seed, files=text_files
     )
@@ -404,7 +407,8 @@ def run(
             study.free_running(sample, defaults, lambda: bar.advance(free_task))
             table = [study.row(s.scheme.name, s.level, s.key, plan.seed) for s in settings]
     floor = study.row(FLOOR, "fp32", FLOOR, plan.seed)
-    result = Result.new("quality", {**(config or {}), **vars(plan), "model": model.name, "texts": texts})
+    settings_used = {**(config or {}), **vars(plan), "model": model.name, "texts": texts}
+    result = Result.new("quality", settings_used, Host.here(device))
     result.config["profiles"] = {name: _profile_of(scheme) for name, scheme in made.items() if _profile_of(scheme)}
     result.rows = [floor, *table]
     result.summary = summarise(result.rows)
@@ -496,6 +500,9 @@ def command(app: typer.Typer) -> None:
         calibration_tokens: Annotated[
             int, typer.Option("--calibration-tokens", min=256, help="Tokens that codecs with a profile learn from.")
         ] = Plan.calibration_tokens,
+        device: Annotated[
+            str, typer.Option("--device", help="Where the model runs, e.g. cuda. Codecs run on the CPU.")
+        ] = "cpu",
         quick: Annotated[
             bool, typer.Option("--quick", help="A few minutes: fewer, shorter contexts and cases.")
         ] = False,
@@ -528,5 +535,6 @@ def command(app: typer.Typer) -> None:
             options |= {name: value for name, value in QUICK.items() if name not in typed}
         plan = Plan(**{name: options[name] for name in Plan.__dataclass_fields__})
         chosen = list(DEFAULT_SCHEMES) if schemes is None else [s.strip() for s in schemes.split(",") if s.strip()]
-        result = run(model or smollm2(), chosen, plan, text_file or (), options | {"schemes": chosen}, quiet)
+        known = options | {"schemes": chosen}
+        result = run(model or smollm2(), chosen, plan, text_file or (), known, quiet, device=device)
         finish(result, format, output, lambda console: show(result, console), quiet)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cachegen.engines.transformers import cache_from_chunks, cache_keyword, chunk_from_cache
+from cachegen.errors import InputError
 from cachegen.kv import KVChunk, KVSpec, LayerKind, LayerKV
 
 from .models import load
@@ -37,16 +38,22 @@ class Runner:
         self.device = model.device
 
     @classmethod
-    def load(cls, folder: Path) -> Runner:
-        """The model of a transformers or GGUF folder."""
-        return cls(*load(folder))
+    def load(cls, folder: Path, device: str = "cpu") -> Runner:
+        """The model of a transformers or GGUF folder, on a device. Raises InputError if there is no such device."""
+        model, tokenizer = load(folder)
+        try:
+            return cls(model.to(device), tokenizer)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device: expected a device that torch can use here; got {device!r}: {error}") from error
 
     @torch.inference_mode()
     def forward(self, ids: Iterable[int], cache: Any, keep: int) -> Tensor:
         """Feed ids to the model on top of `cache`, which grows; logits fp32 [keep, vocabulary] of the last `keep`."""
-        row = torch.tensor([list(ids)], device=self.device)
-        out = self.model(input_ids=row, use_cache=True, logits_to_keep=keep, **{cache_keyword(self.model): cache})
-        logits: Tensor = out.logits[0]
+        return self._run(torch.tensor([list(ids)], device=self.device), cache, keep)[0]
+
+    def _run(self, batch: Tensor, cache: Any, keep: int) -> Tensor:
+        arguments = {cache_keyword(self.model): cache, "use_cache": True, "logits_to_keep": keep}
+        logits: Tensor = self.model(input_ids=batch, **arguments).logits
         return logits
 
     def prefill(self, ids: Sequence[int]) -> KVChunk:
@@ -69,11 +76,22 @@ class Runner:
         """Logits [len(ids) - 1, vocabulary]: what the model expects after each of ids but the last. `cache` is kept."""
         return self.forward(ids[:-1], fork(cache), keep=len(ids) - 1)
 
-    def answers(self, cache: Any, question: Question) -> bool:
-        """Would greedy decoding after the question give exactly the answer's tokens? `cache` is kept."""
-        size = len(question.answer)
-        logits = self.forward((*question.prompt, *question.answer[:-1]), fork(cache), keep=size)
-        return logits.argmax(-1).tolist() == list(question.answer)
+    @torch.inference_mode()
+    def answers(self, cache: Any, questions: Sequence[Question]) -> list[bool]:
+        """For each question: would greedy decoding after it give exactly the answer's tokens? `cache` is kept.
+
+        The questions are one batch, padded at the right, where causal attention never looks.
+        """
+        rows = [[*question.prompt, *question.answer[:-1]] for question in questions]
+        width = max(map(len, rows))
+        batch = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=self.device)
+        cache = fork(cache)
+        cache.batch_repeat_interleave(len(rows))
+        best = self._run(batch, cache, width).argmax(-1)
+        return [
+            best[i, len(row) - len(question.answer) : len(row)].tolist() == list(question.answer)
+            for i, (row, question) in enumerate(zip(rows, questions, strict=True))
+        ]
 
     def greedy(self, cache: Any, prompt: Sequence[int], tokens: int, stop: bool = True) -> list[int]:
         """Up to `tokens` ids decoded greedily after `prompt`; ends before an end-of-text token if `stop`."""
@@ -97,12 +115,12 @@ class Runner:
 
 
 def cast(chunk: KVChunk, spec: KVSpec) -> KVChunk:
-    """A chunk's values in the dtype of `spec`, in memory of its own (states keep their dtype)."""
+    """A chunk's values in the dtype of `spec`, on the CPU, in memory of its own (states keep their dtype)."""
     layers = [
         LayerKV(
             layer.kind,
             {
-                name: tensor.clone() if layer.kind is LayerKind.STATE else tensor.to(spec.torch_dtype, copy=True)
+                name: tensor.to("cpu", tensor.dtype if layer.kind is LayerKind.STATE else spec.torch_dtype, copy=True)
                 for name, tensor in layer.tensors.items()
             },
             layer.tokens,

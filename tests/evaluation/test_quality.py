@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cachegen.evaluation import quality
 from cachegen.evaluation.baselines import CodecScheme
 from cachegen.evaluation.quality import Plan, default_level, parse_scheme, run, summarise
 from cachegen.evaluation.results import Result
 from cachegen.evaluation.runner import Runner, fork
+from cachegen.evaluation.tasks import Question
 
 from cachegen.errors import InputError
 
@@ -112,9 +112,9 @@ def test_summary_compares_the_papers_codec_with_the_public_one() -> None:
     rows = rows_of("cachegen", (2, 0.1), (4, 0.001)) + rows_of("cachegen_public", (4, 0.1), (8, 0.001))
     summary = summarise(rows)
     assert summary["bits_at_kl_0.01.cachegen"] == pytest.approx(3.0)
-    assert summary["cachegen_over_cachegen_public_at_kl_0.01"] == pytest.approx(0.5)
+    assert summary["cachegen_over_public_at_equal_kl"] == pytest.approx(0.5)
     rows = rows_of("cachegen", (2, 0.1), (4, 0.001)) + rows_of("cachegen_public", (4, 0.1))
-    assert summarise(rows)["cachegen_over_cachegen_public_at_kl_0.01"] is None
+    assert summarise(rows)["cachegen_over_public_at_equal_kl"] is None
 
 
 def test_a_forked_cache_grows_alone(tiny_model: Path) -> None:
@@ -139,5 +139,18 @@ def test_continuing_from_a_cache_is_reading_the_whole_text(tiny_model: Path) -> 
     assert greedy[0] == int(runner.forward(ids, None, keep=1)[-1].argmax())
 
 
-def test_module_has_the_verb() -> None:
-    assert callable(quality.command)
+def test_a_device_that_is_not_there_is_a_typed_error(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="--device"):
+        Runner.load(tiny_model, "meta-physical")
+
+
+def test_questions_asked_together_get_the_answers_they_get_alone(tiny_model: Path) -> None:
+    runner = Runner.load(tiny_model)
+    cache = runner.cache_of(runner.prefill(range(100, 140)))
+    prompts = [tuple(range(200, 200 + length)) for length in (3, 9, 5)]
+    greedy = [tuple(runner.greedy(cache, prompt, 3, stop=False)) for prompt in prompts]
+    asked = [Question("t", prompt, answer) for prompt, answer in zip(prompts, greedy, strict=True)]
+    wrong = [Question("t", q.prompt, (*q.answer[:-1], (q.answer[-1] + 1) % 49152)) for q in asked]
+    together = runner.answers(cache, [*asked, *wrong])
+    assert together == [True] * 3 + [False] * 3
+    assert cache.get_seq_length() == 40
