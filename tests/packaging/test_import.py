@@ -19,10 +19,6 @@ def imported_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_import_brings_no_engine() -> None:
-    assert not imported_by("import cachegen") & set(ENGINES_AND_TOOLS)
-
-
 def test_the_codec_brings_no_engine() -> None:
     found = imported_by("import cachegen; cachegen.Codec, cachegen.KVChunk, cachegen.KVStore, cachegen.ModelProfile")
     assert "torch" in found
