@@ -167,6 +167,13 @@ def test_matrices_of_several_blocks_and_threads(codec: Lossless) -> None:
     check(codec, chunk_of(k, k + 1, "bfloat16"), threads=3)
 
 
+@both
+def test_many_tokens_of_few_columns(codec: Lossless) -> None:
+    k = noise((1, 5000, 1, 4), "bfloat16", 19)
+    chunk = chunk_of(k, k, "bfloat16")
+    assert check(codec, chunk) < 0.8 * chunk.nbytes
+
+
 def test_bf16_widened_to_fp32_costs_what_bf16_does() -> None:
     k = noise((1, 128, 2, 32), "bfloat16", 9)
     narrow, wide = chunk_of(k, k, "bfloat16"), chunk_of(k.float(), k.float(), "float32")
