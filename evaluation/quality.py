@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 TARGETS = (0.01, 0.003)
 DEFAULT_KL = 0.01
 FLOOR = "noise_floor"
-QUICK = {"contexts": 5, "tokens": 512, "cases": 22, "free_running": 0, "calibration_tokens": 4096}
+QUICK = {"contexts": 5, "tokens": 512, "cases": 20, "free_running": 0, "calibration_tokens": 4096}
 """What --quick asks for; any of them typed out wins."""
 
 
@@ -63,7 +63,7 @@ class Plan:
     contexts: int = 20
     tokens: int = 1024
     following: int = 256
-    cases: int = 220
+    cases: int = 280
     free_running: int = 4
     calibration_tokens: int = 32_768
     seed: int = 0

@@ -5,7 +5,7 @@ A context holds facts of four tasks among filler from evaluation texts, and is a
 - passkey: a 5-digit key;
 - word: a secret word of a named person;
 - several: house numbers of several people, alike but for the names;
-- lookup: values of short keys, listed together as a table.
+- lookup: values of keys, listed together as a table.
 
 An answer is exact if greedy decoding would give all its tokens.
 """
@@ -28,7 +28,6 @@ NAMES = (
     "Anna Boris Clara David Edith Frank Greta Henry Irene Jacob Karen Louis Maria Nigel Olive Peter Rosa Simon Tanya "
     "Victor"
 ).split()
-LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 WORDS = (
     "anchor barrel candle dragon engine feather garden hammer island jacket kettle lantern marble needle orange "
     "pepper ribbon saddle ticket umbrella velvet walnut yellow zipper basket copper diamond falcon ginger honey"
@@ -64,18 +63,19 @@ class Fact:
 
 
 def facts(rng: random.Random) -> list[Fact]:
-    """The facts of one context, eleven questions in all: a key, two words, four houses, four records."""
+    """The facts of one context, ten questions in all: a key, two words, four houses, three entries."""
     found = []
     key = f"{rng.randrange(10_000, 100_000)}"
     found.append(Fact("passkey", f"The pass key is {key}. Remember it. {key} is the pass key.", "The pass key is", key))
     names = rng.sample(NAMES, 6)
-    for name, word in zip(names[:2], rng.sample(WORDS, 2), strict=True):
+    words = rng.sample(WORDS, 5)
+    for name, word in zip(names[:2], words[:2], strict=True):
         prompt = f"The secret word of {name} is"
         found.append(Fact("word", f"{prompt} {word}.", prompt, word))
     for name in names[2:]:
         prompt, number = f"The house number of {name} is", f"{rng.randrange(100, 1000)}"
         found.append(Fact("several", f"{prompt} {number}.", prompt, number))
-    records = {f"{rng.choice(LETTERS)}{rng.randrange(10, 100)}": f"{rng.randrange(100, 1000)}" for _ in range(4)}
+    records = {word: f"{rng.randrange(10, 100)}" for word in words[2:]}
     table = "A table of values. " + " ".join(f"The value of {key} is {value}." for key, value in records.items())
     for key, value in records.items():
         found.append(Fact("lookup", table, f"The value of {key} is", value))

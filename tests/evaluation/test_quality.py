@@ -15,7 +15,7 @@ from cachegen.evaluation.tasks import Question
 
 from cachegen.errors import InputError
 
-PLAN = Plan(contexts=2, tokens=96, following=16, cases=11, free_running=1, calibration_tokens=1024)
+PLAN = Plan(contexts=2, tokens=96, following=16, cases=10, free_running=1, calibration_tokens=1024)
 
 
 @pytest.fixture(scope="module")
