@@ -285,12 +285,15 @@ def show(result: Result, console: Console) -> None:
     for name, value in result.summary.items():
         figures.add_row(name, "-" if value is None else f"{value:.4g}")
     console.print(figures)
-    rows = [row for row in result.rows if row["what"] == "codec"]
-    if rows:
-        columns = ("codec", "shape", "data", "tokens", "isa", "ratio", "encode_gbps", "decode_gbps", "memcpy_gbps")
-        table = Table(*columns, title="codecs, one core, GB/s of 16-bit cache")
-        for row in rows:
-            table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    table = Table(title="codecs, one core, GB/s of 16-bit cache")
+    for heading in ("codec", "cache", "tokens", "isa", "ratio", "encode", "decode", "memcpy"):
+        table.add_column(heading, no_wrap=True)
+    for row in result.rows:
+        if row["what"] == "codec":
+            numbers = (row[name] for name in ("ratio", "encode_gbps", "decode_gbps", "memcpy_gbps"))
+            cache = f"{row['shape']}, {row['data']}"
+            table.add_row(row["codec"], cache, str(row["tokens"]), row["isa"], *(f"{n:.3g}" for n in numbers))
+    if table.row_count:
         console.print(table)
     if any(row.get("loaded") for row in result.rows):
         console.print("[yellow]The machine was busy with other work during some of the rows (`loaded`).[/]")
