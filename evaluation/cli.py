@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from cachegen.errors import CacheGenError
 
@@ -18,10 +20,23 @@ VERBS = ("demo", "quality", "speed", "plot", "report")
 """Modules of this package with `command(app)`, in the order in which --help lists their verbs."""
 
 
+class Interruptible(TyperGroup):
+    """Verbs that leave with status 130 when interrupted, and say how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            said = "interrupted: finished measurements are kept, the same command goes on from there"
+            Console(stderr=True).print(said, highlight=False)
+            raise typer.Exit(130) from None
+
+
 def build() -> typer.Typer:
     """The typer app with every verb."""
     app = typer.Typer(
         name="cachegen-bench",
+        cls=Interruptible,
         help="Measure KV-cache codecs: quality against size, speed, and a demonstration on a real model.",
         no_args_is_help=True,
         rich_markup_mode="markdown",
@@ -34,15 +49,12 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point. Typed errors become one line and exit status 1; Ctrl-C status 130."""
+    """Entry point. Typed errors become one line and exit status 1."""
     try:
         build()()
     except CacheGenError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: finished rows are kept, run the same command to go on")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -156,3 +156,11 @@ def test_demo_on_a_text_of_ones_own(tiny_model: Path, tmp_path: Path, monkeypatc
 def test_demo_wants_questions_with_a_text(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.build(), ["demo", "--text-file", str(tmp_path / "x.txt")])
     assert "--question" in str(done.exception)
+
+
+def test_an_interruption_has_a_status_of_its_own(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachegen.evaluation.quality.run", interrupted)
+    assert "goes on from there" in bench("quality", "--model", tiny_model, code=130)
