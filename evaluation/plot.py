@@ -133,7 +133,13 @@ def _draw_frontier(axes: Axes, best: Sequence[tuple[float, float, str]]) -> None
     )
     for bits, loss, name in best:
         axes.annotate(
-            name, (bits, max(loss, LEAST_KL)), xytext=(7, 5), textcoords="offset points", fontsize=8, color="#2c3e80"
+            name,
+            (bits, max(loss, LEAST_KL)),
+            xytext=(-7, -11),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#2c3e80",
         )
 
 
