@@ -8,8 +8,9 @@ docs/format-channel.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,23 +80,19 @@ class Channel(ChunkCodec):
         return EncodedGroups([[segment] for segment in segments], [LevelLoss(level)])
 
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
-        batches: list[list[Band]] = [[]]
-        room = BATCH
-        for part in parts:
-            if part.group.names != ("k", "v") or len(part.segments) != 1:
-                raise FormatError(f"channel: expected groups of k and v, one segment each; got {part.group.names}")
-            for band in read_segment(info, part, targets):
-                if band.elements > room and batches[-1]:
-                    batches.append([])
-                    room = BATCH
-                batches[-1].append(band)
-                room -= band.elements
-        if threads > 1 and len(batches) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(decode_bands, batches))
-        else:
+        batches = _batches(info, parts, targets)
+        if threads <= 1:
             for batch in batches:
                 decode_bands(batch)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            running: deque[Future[None]] = deque()
+            for batch in batches:
+                if len(running) > threads:
+                    running.popleft().result()
+                running.append(pool.submit(decode_bands, batch))
+            while running:
+                running.popleft().result()
 
     @staticmethod
     def _write_layer(chunk: KVChunk, group: Group, layer: int, level: int) -> bytes:
@@ -114,3 +111,20 @@ class Channel(ChunkCodec):
             steps = (STEPS[level], STEPS[level] * VALUE_STEP)
             out.append(encode_band(keys, values, steps, chunk.spec.torch_dtype, starts_context))
         return b"".join(out)
+
+
+def _batches(info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets) -> Iterator[list[Band]]:
+    """Bands to decode together, read as they are asked for: those to come take no memory yet."""
+    batch: list[Band] = []
+    room = BATCH
+    for part in parts:
+        if part.group.names != ("k", "v") or len(part.segments) != 1:
+            raise FormatError(f"channel: expected groups of k and v, one segment each; got {part.group.names}")
+        for band in read_segment(info, part, targets):
+            if batch and band.elements > room:
+                yield batch
+                batch, room = [], BATCH
+            batch.append(band)
+            room -= band.elements
+    if batch:
+        yield batch
