@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from .header import MAX_TOKEN_ID
 
 HEADER_BYTES = 4
 RAW, ZSTD = 0, 1
+_OF_THREAD = threading.local()
 _LEVEL = 19  # the block is small: the best level costs microseconds
 
 
@@ -41,11 +43,19 @@ def unpack(block: bytes | memoryview, count: int) -> tuple[int, ...]:
     return tuple(words.view("<u4").reshape(-1).tolist())
 
 
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: making one costs more than a block's decoding."""
+    if not hasattr(_OF_THREAD, "decompressor"):
+        _OF_THREAD.decompressor = zstandard.ZstdDecompressor()
+    made: zstandard.ZstdDecompressor = _OF_THREAD.decompressor
+    return made
+
+
 def _expand(frame: bytes, size: int) -> bytes:
     try:
         stated = zstandard.get_frame_parameters(frame)
         if stated.content_size != size or stated.dict_id:
             raise LimitExceeded(f"token block: expected a zstandard frame of {size} bytes; got {stated.content_size}")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        return _decompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"token block: expected one zstandard frame; got {error}") from error
