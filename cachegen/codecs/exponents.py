@@ -12,13 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..entropy.tables import PROB_SUM
 from ..errors import ShapeError
-
-MAX_TABLES = 16
-_ROUNDS = 3
-_MANY = 1 << 15  # numbers; from here on eight tables pay
-_LONG = 128  # rows; from here on a side for each column pays
+from ..native import lossless as native
 
 
 @dataclass(frozen=True)
@@ -82,98 +77,16 @@ class ExponentModel:
         return int(self.freqs.shape[1])
 
 
-def fit(counts: NDArray[np.uint32], runs: NDArray[np.int64], kind: FloatType) -> tuple[ExponentModel, float]:
+def fit(counts: NDArray[np.uint32], runs: NDArray[np.int64], kind: FloatType) -> tuple[ExponentModel, int]:
     """The cheapest model for a matrix, and the bits of its symbols, escapes, tables and side bytes.
 
     Args:
         counts: [columns, exponents] or [columns, exponents, 2] occurrences.
         runs: [runs] first column of each head.
+    Raises:
+        ShapeError: no columns.
     """
-    columns = counts.reshape(counts.shape[0], 1 << kind.exponent_bits, 1 + kind.signs)
-    total = int(columns.sum())
-    many = total >= _MANY and len(columns) >= 64  # fewer columns can't fill eight tables
-    shares = [(False, columns, (8,) if many else (1, 4))]
-    if total < _LONG * len(columns):
-        shares.append((True, np.add.reduceat(columns, runs, axis=0), (1,)))
-    best: tuple[ExponentModel, float] | None = None
-    for per_run, sides, choices in shares:
-        base, flip = _bases(sides)
-        for alphabet in kind.alphabets:
-            symbols, escapes = _symbols(sides, base, flip, alphabet, kind)
-            for tables in choices:
-                if tables > 1 and tables > len(sides) // 8:
-                    continue
-                freqs, table, bits = _cluster(symbols, tables)
-                bits += 8 * escapes + 16 * np.count_nonzero(freqs) + 8 * len(sides)
-                if best is None or bits < best[1]:
-                    model = ExponentModel(freqs, base, flip, table.astype(np.uint8), per_run)
-                    best = (model, float(bits))
-            if escapes < 0.02 * total:
-                break  # larger alphabets save escapes only
-    if best is None:
+    if len(counts) == 0:
         raise ShapeError("lossless: a matrix without columns has no model")
-    return best
-
-
-def _bases(sides: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Bases (largest exponents but for one number in 64), and sign flips."""
-    by_exponent = sides.sum(2, dtype=np.int64)
-    used = np.flatnonzero(by_exponent.any(0))
-    low, high = int(used[0]), int(used[-1]) + 1
-    upto = by_exponent[:, low:high].cumsum(1)
-    base = low + (64 * (upto[:, -1:] - upto) <= upto[:, -1:]).argmax(1)
-    flip = np.zeros(len(sides), dtype=np.uint8)
-    if sides.shape[2] == 2:
-        flip = (sides[:, :, 1].sum(1) > sides[:, :, 0].sum(1)).astype(np.uint8)
-    return base.astype(np.uint8), flip
-
-
-def _symbols(
-    sides: NDArray[np.uint32], base: NDArray[np.uint8], flip: NDArray[np.uint8], alphabet: int, kind: FloatType
-) -> tuple[NDArray[np.float64], float]:
-    """Occurrences by symbol [sides, alphabet], and how many numbers escape."""
-    held, exponents = alphabet >> kind.signs, sides.shape[1]
-    direct = exponents if held >= exponents else held - 1
-    at = (base[:, None].astype(np.int64) - np.arange(direct)) % exponents
-    symbols = np.zeros((len(sides), held, sides.shape[2]))
-    symbols[:, :direct] = np.take_along_axis(sides, at[:, :, None], axis=1)
-    escapes = 0.0
-    if direct < exponents:
-        symbols[:, held - 1] = sides.sum(1) - symbols[:, :direct].sum(1)
-        escapes = float(symbols[:, held - 1].sum())
-    swap = flip.astype(bool)
-    symbols[swap] = symbols[swap][:, :, ::-1]
-    return symbols.reshape(len(symbols), alphabet), escapes
-
-
-def _cluster(symbols: NDArray[np.float64], tables: int) -> tuple[NDArray[np.uint16], NDArray[np.int64], float]:
-    """Tables for groups of sides with like statistics (k-means in code length): freqs, table of each side, bits."""
-    spread = symbols @ np.arange(symbols.shape[1]) / np.maximum(symbols.sum(1), 1)
-    table = np.empty(len(symbols), dtype=np.int64)
-    table[np.argsort(spread, kind="stable")] = np.arange(len(symbols)) * tables // len(symbols)
-    costs = np.zeros((len(symbols), tables))
-    for _ in range(_ROUNDS if tables > 1 else 0):
-        sums = _sums(symbols, table, tables) + 0.02
-        costs = symbols @ -np.log2(sums / sums.sum(1, keepdims=True)).T
-        table = costs.argmin(1)
-    used, table = np.unique(table, return_inverse=True)
-    freqs = normalise(_sums(symbols, table, len(used)))
-    bits = -np.log2(np.maximum(freqs, 1) / PROB_SUM)
-    return freqs, table, float((symbols * bits[table]).sum())
-
-
-def _sums(symbols: NDArray[np.float64], table: NDArray[np.int64], tables: int) -> NDArray[np.float64]:
-    return np.eye(tables)[table].T @ symbols
-
-
-def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Integer frequencies [tables, A] that sum to 4096, at least 1 where counts are positive, at most 4095."""
-    counts = counts.copy()
-    lonely = np.count_nonzero(counts, axis=1) < 2
-    counts[lonely] += np.where(np.arange(counts.shape[1]) < 2, 1e-9, 0.0)  # two symbols at least: none may have 4096
-    present = counts > 0
-    room = PROB_SUM - present.sum(1, keepdims=True)
-    freqs = np.floor(counts / counts.sum(1, keepdims=True) * room) + present
-    freqs[np.arange(len(freqs)), freqs.argmax(1)] += PROB_SUM - freqs.sum(1)
-    rounded: NDArray[np.uint16] = freqs.astype(np.uint16)
-    return rounded
+    freqs, (base, flip, table), per_run, bits = native.fit(np.ascontiguousarray(counts), runs, kind.code)
+    return ExponentModel(freqs, base, flip, table, per_run), bits

@@ -15,14 +15,14 @@ using cg::kLayouts;
 using cg::Layout;
 using cg::packed_bytes;
 
-void pack_row(const uint8_t *values, size_t columns, int bits, uint8_t *packed) {
-  if (bits == 8) {
-    std::memcpy(packed, values, columns);
-    return;
-  }
+// A row of `columns` values of fewer than 8 bits: with q = packed_bytes, value c sits in byte c mod q, part c / q.
+void pack_row(const uint8_t *__restrict values, size_t columns, int bits, uint8_t *__restrict packed) {
   const size_t q = packed_bytes(columns, bits);
   std::memset(packed, 0, q);
-  for (size_t c = 0; c < columns; c++) packed[c % q] |= static_cast<uint8_t>(values[c] << (c / q * bits));
+  for (size_t start = 0, shift = 0; start < columns; start += q, shift += static_cast<size_t>(bits)) {
+    const size_t n = columns - start < q ? columns - start : q;
+    for (size_t i = 0; i < n; i++) packed[i] |= static_cast<uint8_t>(values[start + i] << shift);
+  }
 }
 
 namespace scalar {
@@ -61,22 +61,121 @@ uint64_t escapes64(const uint8_t *s, uint32_t limit) {
 #pragma GCC pop_options
 #endif
 
-uint32_t load(const uint8_t *p, int size) {
-  uint32_t w = 0;
-  std::memcpy(&w, p, static_cast<size_t>(size));
-  return w;
-}
-
-// Calls visit(column, word) for every element of a row, in column order.
+// The runs of elements that lie side by side in a row: visit(first column, address, elements).
 template <class Visit>
-void for_row(const cg_floats &m, int size, int64_t row, Visit visit) {
+void for_runs(const cg_floats &m, int64_t row, int size, Visit visit) {
   size_t c = 0;
   for (int64_t t = 0; t < m.count; t++) {
     const cg_rows &tensor = m.tensors[t];
-    for (int64_t h = 0; h < tensor.heads; h++) {
-      const uint8_t *p = tensor.data + row * tensor.row_stride + h * tensor.head_stride;
-      for (int64_t d = 0; d < tensor.dim; d++, p += size) visit(c++, load(p, size));
+    const bool joined = tensor.head_stride == tensor.dim * size;
+    const int64_t runs = joined ? 1 : tensor.heads;
+    const auto n = static_cast<size_t>(joined ? tensor.heads * tensor.dim : tensor.dim);
+    for (int64_t h = 0; h < runs; h++, c += n) {
+      visit(c, static_cast<const uint8_t *>(tensor.data) + row * tensor.row_stride + h * tensor.head_stride, n);
     }
+  }
+}
+
+// The types are compiled apart: shifts and sizes are constants in their inner loops.
+template <int64_t kType>
+struct Type {
+  static constexpr Layout kLayout = kLayouts[kType];
+  static constexpr uint32_t kMask = (1u << kLayout.exponent_bits) - 1;
+  static constexpr int kTop = kLayout.size * 8 - 1;
+
+  static uint32_t load(const uint8_t *p) {
+    uint32_t w = 0;
+    std::memcpy(&w, p, static_cast<size_t>(kLayout.size));
+    return w;
+  }
+
+  static void count(const cg_floats &m, uint32_t *counts) {
+    constexpr int kBins = kLayout.exponent_bits + static_cast<int>(kLayout.signs);
+    for (int64_t row = m.row0; row < m.row1; row++) {
+      for_runs(m, row, kLayout.size, [&](size_t c, const uint8_t *p, size_t n) {
+        uint32_t *column = counts + (c << kBins);
+        for (size_t i = 0; i < n; i++, column += size_t{1} << kBins) {
+          const uint32_t w = load(p + i * kLayout.size), e = w >> kLayout.mantissa_bits & kMask;
+          column[(e << kLayout.signs) + (w >> kTop & kLayout.signs)]++;
+        }
+      });
+    }
+  }
+
+  // Symbols, escapes aside, and the planes' values.
+  static void split_run(const uint8_t *__restrict p, const uint8_t *__restrict base, const uint8_t *__restrict flip,
+                        uint8_t *__restrict s, uint8_t *__restrict v0, uint8_t *__restrict v1, uint8_t *__restrict v2,
+                        size_t n) {
+    for (size_t i = 0; i < n; i++) {
+      const uint32_t w = load(p + i * kLayout.size), sign = w >> kTop;
+      const uint32_t d = (base[i] - (w >> kLayout.mantissa_bits)) & kMask;
+      s[i] = static_cast<uint8_t>(d << kLayout.signs | ((sign ^ flip[i]) & kLayout.signs));
+      if constexpr (kType == CG_LOSSLESS_BF16) {
+        v0[i] = static_cast<uint8_t>(sign << 7 | (w & 0x7f));
+      } else if constexpr (kType == CG_LOSSLESS_FP16) {
+        v0[i] = static_cast<uint8_t>(w);
+        v1[i] = static_cast<uint8_t>(w >> 8 & 3);
+      } else if constexpr (kType == CG_LOSSLESS_FP32) {
+        v0[i] = static_cast<uint8_t>(sign << 7 | (w >> 16 & 0x7f));
+        v1[i] = static_cast<uint8_t>(w >> 8);
+        v2[i] = static_cast<uint8_t>(w);
+      } else if constexpr (kType == CG_LOSSLESS_E4M3) {
+        v0[i] = static_cast<uint8_t>(sign << 3 | (w & 7));
+      } else {
+        v0[i] = static_cast<uint8_t>(w & 3);
+      }
+    }
+  }
+
+  // Escapes of a row: their distances go to `exception`. Without a branch, as escapes come at random.
+  static uint8_t *escape_row(uint8_t *s, size_t columns, uint32_t limit, uint8_t *exception) {
+    for (size_t c = 0; c < columns; c++) {
+      const uint8_t symbol = s[c];
+      const bool escapes = symbol >= limit;
+      s[c] = escapes ? static_cast<uint8_t>(limit | (symbol & kLayout.signs)) : symbol;
+      *exception = static_cast<uint8_t>(symbol >> kLayout.signs);
+      exception += escapes;
+    }
+    return exception;
+  }
+
+  static void split(cg_floats &m, uint8_t *values) {
+    const auto columns = static_cast<size_t>(m.columns);
+    const uint32_t limit = kLayout.escape(m.alphabet);
+    uint8_t *exception = m.exceptions;
+    auto *s = static_cast<uint8_t *>(m.symbols);
+    for (int64_t row = m.row0; row < m.row1; row++, s += columns) {
+      uint8_t *v[3] = {values, values + columns, values + 2 * columns};
+      for (int p = 0; p < kLayout.planes; p++) {
+        if (kLayout.plane_bits[p] == 8) v[p] = m.planes[p] + static_cast<size_t>(row - m.row0) * columns;
+      }
+      for_runs(m, row, kLayout.size, [&](size_t c, const uint8_t *p, size_t n) {
+        split_run(p, m.base + c, m.flip + c, s + c, v[0] + c, v[1] + c, v[2] + c, n);
+      });
+      if (limit != 0) exception = escape_row(s, columns, limit, exception);
+      for (int p = 0; p < kLayout.planes; p++) {
+        const int bits = kLayout.plane_bits[p];
+        if (bits != 8) pack_row(v[p], columns, bits, m.planes[p] + static_cast<size_t>(row - m.row0) * packed_bytes(columns, bits));
+      }
+    }
+    m.exception_count = exception - m.exceptions;
+  }
+};
+
+// Calls visit with the type of a matrix' elements.
+template <class Visit>
+void with_type(int64_t type, Visit visit) {
+  switch (type) {
+    case CG_LOSSLESS_BF16:
+      return visit(Type<CG_LOSSLESS_BF16>{});
+    case CG_LOSSLESS_FP16:
+      return visit(Type<CG_LOSSLESS_FP16>{});
+    case CG_LOSSLESS_FP32:
+      return visit(Type<CG_LOSSLESS_FP32>{});
+    case CG_LOSSLESS_E4M3:
+      return visit(Type<CG_LOSSLESS_E4M3>{});
+    default:
+      return visit(Type<CG_LOSSLESS_E5M2>{});
   }
 }
 
@@ -104,66 +203,15 @@ int cg::lossless_merge(const cg_floats &floats, int isa, uint8_t *scratch) {
 }
 
 extern "C" int cg_lossless_count(const cg_floats *floats, uint32_t *counts) {
-  const cg_floats &m = *floats;
-  if (!cg::lossless_valid(m)) return CG_LOSSLESS_ARGUMENT;
-  const Layout &layout = kLayouts[m.type];
-  const int top = layout.size * 8 - 1;
-  const uint32_t mask = (1u << layout.exponent_bits) - 1;
-  for (int64_t row = m.row0; row < m.row1; row++) {
-    for_row(m, layout.size, row, [&](size_t c, uint32_t w) {
-      const uint32_t e = w >> layout.mantissa_bits & mask;
-      counts[((c << layout.exponent_bits | e) << layout.signs) + (w >> top & layout.signs)]++;
-    });
-  }
+  if (!cg::lossless_valid(*floats)) return CG_LOSSLESS_ARGUMENT;
+  with_type(floats->type, [&](auto type) { type.count(*floats, counts); });
   return CG_LOSSLESS_OK;
 }
 
 extern "C" int cg_lossless_split(cg_floats *floats) {
-  cg_floats &m = *floats;
-  if (!cg::lossless_valid(m)) return CG_LOSSLESS_ARGUMENT;
-  const Layout &layout = kLayouts[m.type];
-  const auto columns = static_cast<size_t>(m.columns);
-  const int top = layout.size * 8 - 1;
-  const uint32_t mask = (1u << layout.exponent_bits) - 1, escape = layout.escape(m.alphabet) >> layout.signs;
-  const std::unique_ptr<uint8_t[]> values(new (std::nothrow) uint8_t[3 * columns]);
+  if (!cg::lossless_valid(*floats)) return CG_LOSSLESS_ARGUMENT;
+  const std::unique_ptr<uint8_t[]> values(new (std::nothrow) uint8_t[3 * static_cast<size_t>(floats->columns)]);
   if (values == nullptr) return CG_LOSSLESS_MEMORY;
-  uint8_t *const v[3] = {values.get(), values.get() + columns, values.get() + 2 * columns};
-  uint8_t *exception = m.exceptions;
-  auto *s = static_cast<uint8_t *>(m.symbols);
-  for (int64_t row = m.row0; row < m.row1; row++, s += columns) {
-    for_row(m, layout.size, row, [&](size_t c, uint32_t w) {
-      uint32_t d = (m.base[c] - (w >> layout.mantissa_bits)) & mask;
-      if (escape != 0 && d >= escape) {
-        *exception++ = static_cast<uint8_t>(d);
-        d = escape;
-      }
-      const uint32_t sign = w >> top;
-      s[c] = static_cast<uint8_t>(d << layout.signs | ((sign ^ m.flip[c]) & layout.signs));
-      switch (m.type) {
-        case CG_LOSSLESS_BF16:
-          v[0][c] = static_cast<uint8_t>(sign << 7 | (w & 0x7f));
-          break;
-        case CG_LOSSLESS_FP16:
-          v[0][c] = static_cast<uint8_t>(w);
-          v[1][c] = static_cast<uint8_t>(w >> 8 & 3);
-          break;
-        case CG_LOSSLESS_FP32:
-          v[0][c] = static_cast<uint8_t>(sign << 7 | (w >> 16 & 0x7f));
-          v[1][c] = static_cast<uint8_t>(w >> 8);
-          v[2][c] = static_cast<uint8_t>(w);
-          break;
-        case CG_LOSSLESS_E4M3:
-          v[0][c] = static_cast<uint8_t>(sign << 3 | (w & 7));
-          break;
-        default:
-          v[0][c] = static_cast<uint8_t>(w & 3);
-      }
-    });
-    for (int p = 0; p < layout.planes; p++) {
-      const int bits = layout.plane_bits[p];
-      pack_row(v[p], columns, bits, m.planes[p] + (row - m.row0) * packed_bytes(columns, bits));
-    }
-  }
-  m.exception_count = exception - m.exceptions;
+  with_type(floats->type, [&](auto type) { type.split(*floats, values.get()); });
   return CG_LOSSLESS_OK;
 }

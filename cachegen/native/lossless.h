@@ -51,6 +51,21 @@ CG_API int cg_lossless_count(const cg_floats *floats, uint32_t *counts);
 /* Tensors to symbols, planes and exceptions; sets exception_count. */
 CG_API int cg_lossless_split(cg_floats *floats);
 
+/* Occurrences, and the model of them that codes cheapest. A side is a column, or a run of columns (a head). */
+typedef struct {
+  const uint32_t *counts; /* [columns], as cg_lossless_count makes them */
+  int64_t columns, type;
+  const int64_t *runs; /* [run_count] first column of each run, rising */
+  int64_t run_count;
+  uint16_t *freqs;     /* out: [tables, alphabet], each row sums to 4096; room for 8 x 256 */
+  uint8_t *base, *flip, *table; /* out: [sides]; room for `columns` each */
+  int64_t per_run, alphabet, tables; /* out; per_run: sides are runs */
+  int64_t bits;        /* out: of symbols, escapes, tables and sides */
+} cg_exponents;
+
+/* Choose bases, flips, alphabet and tables. */
+CG_API int cg_lossless_fit(cg_exponents *model);
+
 /* A record as docs/format-lossless.md, *Planes and rANS*, describes it, and the tensors that it decodes to. */
 typedef struct {
   const uint8_t *data; /* the record's body; nothing outside is read */

@@ -28,6 +28,7 @@ def _functions() -> ctypes.CDLL:
     lib = library()
     lib.cg_lossless_count.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     lib.cg_lossless_split.argtypes = [ctypes.c_void_p]
+    lib.cg_lossless_fit.argtypes = [ctypes.c_void_p]
     lib.cg_lossless_decode.argtypes = [
         ctypes.c_void_p,
         ctypes.c_int64,
@@ -56,6 +57,45 @@ def count(job: NDArray[np.int64], counts: NDArray[np.uint32]) -> None:
 def split(job: NDArray[np.int64]) -> None:
     """Floats to symbols, planes and exceptions; sets the job's exception count."""
     _check(_functions().cg_lossless_split(job.ctypes.data))
+
+
+def fit(
+    counts: NDArray[np.uint32], runs: NDArray[np.int64], kind: int
+) -> tuple[NDArray[np.uint16], NDArray[np.uint8], bool, int]:
+    """The model of exponents that codes cheapest.
+
+    Args:
+        counts: C-contiguous [columns, ...], as `count` makes them.
+        runs: [runs] first column of each head, rising.
+        kind: the element type's number.
+    Returns:
+        frequencies [tables, alphabet]; base, flip and table of each side [3, sides]; whether sides are heads rather
+        than columns; bits of symbols, escapes, tables and sides.
+    """
+    columns = len(counts)
+    freqs, sides = np.empty(8 * 256, dtype=np.uint16), np.empty((3, columns), dtype=np.uint8)
+    side, runs = int(sides.ctypes.data), np.ascontiguousarray(runs, dtype=np.int64)
+    job = np.array(
+        [
+            counts.ctypes.data,
+            columns,
+            kind,
+            runs.ctypes.data,
+            len(runs),
+            freqs.ctypes.data,
+            *(side + i * columns for i in range(3)),
+            *[0] * 4,
+        ],
+        dtype=np.int64,
+    )
+    _check(_functions().cg_lossless_fit(job.ctypes.data))
+    per_run, alphabet, tables, bits = job[-4:].tolist()
+    return (
+        freqs[: tables * alphabet].reshape(tables, alphabet),
+        sides[:, : len(runs) if per_run else columns],
+        bool(per_run),
+        bits,
+    )
 
 
 def decode(records: Sequence[tuple[int, ...]], threads: int, isa: int) -> None:
