@@ -152,9 +152,9 @@ def _model_bytes(model: ExponentModel, kind: FloatType, omitted: int) -> bytes:
     wide = int(model.base.max()) - low > 15 >> kind.signs
     flags = (_PER_RUN if model.per_run else 0) | (_WIDE_BASE if wide else 0) | omitted
     out = [struct.pack("<4B", flags, model.alphabet.bit_length() - 1, len(model.freqs) - 1, low)]
-    for row in model.freqs:
-        used = int(np.flatnonzero(row)[-1]) + 1
-        out.append(struct.pack(f"<B{used}H", used - 1, *row[:used].tolist()))
+    ends = model.alphabet - (model.freqs[:, ::-1] != 0).argmax(1)
+    for row, used in zip(model.freqs.astype("<u2"), ends.tolist(), strict=True):
+        out += [bytes([used - 1]), row[:used].tobytes()]
     offset = model.base - low
     if wide:
         out += [offset.tobytes(), (model.table | model.flip << 7).tobytes()]

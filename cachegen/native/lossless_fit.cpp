@@ -23,7 +23,9 @@ constexpr uint64_t kLong = 128;                // rows; from here on a side for 
 struct Sides {
   const uint32_t *counts;
   size_t n;
+  std::vector<uint64_t> totals;  // [n, signs]
   std::vector<uint8_t> base, flip;
+  uint64_t total = 0;
 };
 
 // Occurrences by side and symbol.
@@ -40,26 +42,39 @@ struct Clusters {
   double bits = 0;
 };
 
+bool empty(const uint32_t *counts, size_t n) {
+  uint32_t any = 0;
+  for (size_t i = 0; i < n; i++) any |= counts[i];
+  return any == 0;
+}
+
 // Bases: the largest exponents but for one number in 64; flips: negative numbers are the rule.
 void set_sides(Sides &sides, const Layout &layout) {
-  const size_t exponents = size_t{1} << layout.exponent_bits, signs = layout.signs + 1;
+  constexpr size_t kStride = 16;  // bins looked at at once; every type's number of bins is a multiple
+  const size_t signs = layout.signs + 1, bins = signs << layout.exponent_bits;
+  sides.totals.assign(sides.n * signs, 0);
   sides.base.assign(sides.n, 0);
   sides.flip.assign(sides.n, 0);
   for (size_t i = 0; i < sides.n; i++) {
-    const uint32_t *counts = sides.counts + i * exponents * signs;
-    uint64_t sums[2] = {0, 0};
-    for (size_t j = 0; j < exponents * signs; j += signs) {
-      sums[0] += counts[j];
-      if (signs == 2) sums[1] += counts[j + 1];
+    const uint32_t *counts = sides.counts + i * bins;
+    uint64_t *sums = sides.totals.data() + i * signs, total = 0;
+    size_t top = 0;  // bins up to the last one in use
+    for (size_t start = 0; start < bins; start += kStride) {
+      if (empty(counts + start, kStride)) continue;
+      top = start + kStride;
+      for (size_t j = start; j < top; j += signs) {
+        for (size_t sign = 0; sign < signs; sign++) sums[sign] += counts[j + sign];
+      }
     }
-    const uint64_t total = sums[0] + sums[1];
-    size_t e = exponents - 1;
+    for (size_t sign = 0; sign < signs; sign++) total += sums[sign];
+    size_t e = top == 0 ? 0 : top / signs - 1;
     for (uint64_t above = 0; e > 0; e--) {
       for (size_t sign = 0; sign < signs; sign++) above += counts[e * signs + sign];
       if (64 * above > total) break;
     }
     sides.base[i] = static_cast<uint8_t>(e);
-    sides.flip[i] = sums[1] > sums[0];
+    sides.flip[i] = signs == 2 && sums[1] > sums[0];
+    sides.total += total;
   }
 }
 
@@ -72,14 +87,14 @@ Symbols to_symbols(const Sides &sides, size_t alphabet, const Layout &layout) {
     float *out = symbols.counts.data() + i * alphabet;
     for (size_t sign = 0; sign < signs; sign++) {
       const size_t from = sign ^ sides.flip[i];
-      uint64_t total = 0, coded = 0;
+      uint64_t coded = 0;
       for (size_t d = 0; d < direct; d++) {
         const uint32_t n = counts[((sides.base[i] - d) & (exponents - 1)) * signs + from];
         out[d * signs + sign] = static_cast<float>(n);
         coded += n;
       }
       if (direct == exponents) continue;
-      for (size_t e = 0; e < exponents; e++) total += counts[e * signs + from];
+      const uint64_t total = sides.totals[i * signs + from];
       out[direct * signs + sign] = static_cast<float>(total - coded);
       symbols.escapes += static_cast<double>(total - coded);
     }
@@ -199,11 +214,10 @@ void fit(cg_exponents &out) {
   const Layout &layout = kLayouts[out.type];
   const auto columns = static_cast<size_t>(out.columns);
   const size_t bins = size_t{1} << (layout.exponent_bits + static_cast<int>(layout.signs));
-  uint64_t total = 0;
-  for (size_t i = 0; i < columns * bins; i++) total += out.counts[i];
-
   std::vector<uint32_t> run_counts;
-  std::vector<Sides> shares{{out.counts, columns, {}, {}}};
+  std::vector<Sides> shares{{out.counts, columns, {}, {}, {}}};
+  set_sides(shares[0], layout);
+  const uint64_t total = shares[0].total;
   if (total < kLong * columns) {
     const auto runs = static_cast<size_t>(out.run_count);
     run_counts.resize(runs * bins);
@@ -216,14 +230,14 @@ void fit(cg_exponents &out) {
         for (size_t i = 0; i < bins; i++) sum[i] += counts[i];
       }
     }
-    shares.push_back({run_counts.data(), runs, {}, {}});
+    shares.push_back({run_counts.data(), runs, {}, {}, {}});
+    set_sides(shares[1], layout);
   }
   const bool many = total >= kMany && columns >= 64;  // fewer columns can't fill eight tables
   bool found = false;
   double best = 0;
-  for (Sides &sides : shares) {
+  for (const Sides &sides : shares) {
     const bool per_run = sides.counts != out.counts;
-    set_sides(sides, layout);
     for (const size_t alphabet : {16, 32, 64, 256}) {
       if (alphabet > bins) break;
       const Symbols symbols = to_symbols(sides, alphabet, layout);
