@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,13 +22,17 @@ from ..kv import DTYPE_NAMES, KVChunk, KVSpec, LayerKind
 from ..native import lossless as native
 from .base import ChunkCodec, ChunkInfo, EncodedGroups, Group, GroupSegments, LevelLoss, Targets
 from .exponents import FLOAT_TYPES, FloatType
-from .float_records import ZSTD, Cursor, Work, decode, fold, read_record, write_record
+from .float_records import RANS, RAW, ZSTD, Cursor, Work, decode, fold, read_record, write_record
 
 if TYPE_CHECKING:
     from ..profile import ModelProfile
 
 MAX_ARRAY = 1 << 30
 """Bytes of a state tensor, at most."""
+ARRAY_RATIO = 256
+"""Bytes of an array that each byte of its record may stand for without drawing on `ARRAY_EXCESS`."""
+ARRAY_EXCESS = 1 << 26
+"""Bytes of all arrays of an object, at most, beyond 256 times their records: what forged bytes can claim."""
 _DTYPES = {code: dtype for dtype, code in native.TYPES.items()}
 
 
@@ -86,21 +91,26 @@ class Lossless(ChunkCodec):
         pool = ThreadPoolExecutor(max(1, threads)) if threads > 1 and len(groups) > 1 else None
         write = partial(self._write_group, chunk)
         try:
-            segments = list((pool.map if pool else map)(write, groups))
+            written = list((pool.map if pool else map)(write, groups))
         finally:
             if pool:
                 pool.shutdown()
-        return EncodedGroups([[segment] for segment in segments], [LevelLoss(0, 0.0)])
+        if sum(excess for _, excess in written) > ARRAY_EXCESS:  # of zeros, say; no reader would take them by zstd
+            return Lossless().encode(chunk, groups, level, threads)
+        return EncodedGroups([[segment] for segment, _ in written], [LevelLoss(0, 0.0)])
 
     def decode(self, info: ChunkInfo, parts: Sequence[GroupSegments], targets: Targets, threads: int) -> None:
-        decode([work for part in parts for work in _read_group(info, part, targets)], threads)
+        budget = _Budget()
+        decode([work for part in parts for work in _read_group(info, part, targets, budget)], threads)
 
     # ------------------------------------------------------------------ writing
     def _write(self, tensors: Sequence[Tensor]) -> bytes:
         return write_record(tensors, self.level if self.coder == "zstd" else None)
 
-    def _write_group(self, chunk: KVChunk, group: Group) -> bytes:
+    def _write_group(self, chunk: KVChunk, group: Group) -> tuple[bytes, int]:
+        """A segment, and its arrays' excess."""
         out: list[bytes] = []
+        excess = 0
         for i in range(*group.layers):
             layer = chunk.layers[i]
             if group.names:
@@ -113,15 +123,20 @@ class Lossless(ChunkCodec):
                     scale = layer.scales[name]
                     if scale.dim() >= 2 and scale.shape[-2] == layer.tensors[name].shape[1]:
                         scale = scale[..., heads, :]
-                    out += [bytes([group.names.index(name)]), self._array(f"layer {i} {name}.scale", scale)]
+                    array = self._array(f"layer {i} {name}.scale", scale)
+                    out += [bytes([group.names.index(name)]), array]
+                    excess += _excess(scale.numel() * scale.element_size(), len(array))
             else:
                 out.append(struct.pack("<H", len(layer.tensors)))
                 for name in sorted(layer.tensors):
                     text = name.encode()
                     if not 1 <= len(text) <= 255:
                         raise InputError(f"layer {i}: a state's name must have 1..255 bytes; got {name!r}")
-                    out += [bytes([len(text)]), text, self._array(f"layer {i} {name}", layer.tensors[name])]
-        return b"".join(out)
+                    tensor = layer.tensors[name]
+                    array = self._array(f"layer {i} {name}", tensor)
+                    out += [bytes([len(text)]), text, array]
+                    excess += _excess(tensor.numel() * tensor.element_size(), len(array))
+        return b"".join(out), excess
 
     def _array(self, where: str, tensor: Tensor) -> bytes:
         """A tensor that states its own dtype and shape."""
@@ -134,8 +149,40 @@ class Lossless(ChunkCodec):
         return head + self._write([fold(tensor.cpu().contiguous())])
 
 
+def _excess(size: int, array: int) -> int:
+    """Bytes of a tensor beyond what its array accounts for."""
+    return max(0, size - ARRAY_RATIO * array)
+
+
 # ---------------------------------------------------------------------- reading
-def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Iterator[Work]:
+@dataclass
+class _Budget:
+    """Bytes that the arrays of one decode may still have beyond 256 times their own."""
+
+    left: int = ARRAY_EXCESS
+
+    def claim(self, cursor: Cursor, start: int, elements: int, kind: FloatType) -> None:
+        """Refuse an array, begun at `start`, that its record can't hold, before it is given memory."""
+        record, left = cursor.data[cursor.at :], len(cursor.data) - cursor.at
+        if left == 0 or elements == 0:
+            return  # nothing is given memory, or the record is missing and the next read says so
+        mode, stated = record[0], left
+        if mode != RAW and left >= 5:
+            stated = min(left, 5 + int.from_bytes(record[1:5], "little"))
+        if mode == ZSTD:
+            excess = _excess(elements * kind.size, cursor.at - start + stated)
+            if excess > self.left:
+                raise LimitExceeded(
+                    f"lossless: zstd arrays may have {ARRAY_EXCESS} bytes beyond {ARRAY_RATIO} times their own; one of "
+                    f"{stated} bytes states {elements * kind.size}, where {self.left} are left; "
+                    "fetch the object again, or encode it by rANS"
+                )
+            self.left -= excess
+        elif elements * (kind.planes[0] if mode == RANS else 8 * kind.size) > 8 * stated:
+            raise CorruptStream(f"lossless: {elements} elements can't be in a record of {stated} bytes")
+
+
+def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets, budget: _Budget) -> Iterator[Work]:
     """The records of a segment; states and scales are given memory and put into `targets`."""
     group = part.group
     if len(part.segments) != 1:
@@ -153,7 +200,7 @@ def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Itera
                 if index >= len(group.names):
                     raise CorruptStream(f"lossless: a scale of tensor {index}; layer {i} has {len(group.names)}")
                 name = group.names[index]
-                scale, record = _read_array(cursor, max(1, targets[i, name].numel()))
+                scale, record = _read_array(cursor, max(1, targets[i, name].numel()), budget)
                 yield from record
                 targets[i, name + ".scale"] = scale
         else:
@@ -166,14 +213,15 @@ def _read_group(info: ChunkInfo, part: GroupSegments, targets: Targets) -> Itera
                     raise CorruptStream(f"lossless: a state's name in layer {i} isn't UTF-8") from error
                 if not name or (i, name) in targets:
                     raise CorruptStream(f"lossless: layer {i} holds state {name!r} twice, or one without a name")
-                tensor, record = _read_array(cursor, MAX_ARRAY)
+                tensor, record = _read_array(cursor, MAX_ARRAY, budget)
                 yield from record
                 targets[i, name] = tensor
     cursor.end()
 
 
-def _read_array(cursor: Cursor, limit: int) -> tuple[Tensor, Sequence[Work]]:
+def _read_array(cursor: Cursor, limit: int, budget: _Budget) -> tuple[Tensor, Sequence[Work]]:
     """A tensor that states its dtype and shape; at most `limit` elements are given memory."""
+    start = cursor.at
     code, dims = cursor.unpack("BB")
     if code not in _DTYPES or dims > 8:
         raise CorruptStream(
@@ -186,13 +234,6 @@ def _read_array(cursor: Cursor, limit: int) -> tuple[Tensor, Sequence[Work]]:
     size = FLOAT_TYPES[code].size
     if elements > limit or elements * size > MAX_ARRAY:
         raise LimitExceeded(f"lossless: a tensor {list(shape)} is larger than the {min(limit, MAX_ARRAY)} allowed here")
-    _check_claim(cursor, elements, FLOAT_TYPES[code])
+    budget.claim(cursor, start, elements, FLOAT_TYPES[code])
     tensor = torch.empty(shape, dtype=_DTYPES[code])
     return tensor, read_record(cursor, [fold(tensor)])
-
-
-def _check_claim(cursor: Cursor, elements: int, kind: FloatType) -> None:
-    """Refuse a tensor that the bytes left can't hold, before it is given memory."""
-    left = len(cursor.data) - cursor.at
-    if left and cursor.data[cursor.at] != ZSTD and elements * kind.planes[0] > 8 * left:
-        raise CorruptStream(f"lossless: {elements} elements can't be in the {left} bytes left of the segment")

@@ -319,6 +319,46 @@ def test_huge_states_are_refused_before_memory_is_given() -> None:
             decode(CODERS[0], chunk, EncodedGroups([[segment]]))
 
 
+def states_segment(arrays: list[bytes]) -> bytes:
+    named = [struct.pack("<B", 2) + bytes([97 + i // 26, 97 + i % 26]) + array for i, array in enumerate(arrays)]
+    return struct.pack("<H", len(arrays)) + b"".join(named)
+
+
+@pytest.mark.parametrize(("mode", "body"), [(1, 1 << 12), (2, 1 << 12)], ids=["rans", "zstd"])
+def test_arrays_of_a_small_segment_cannot_claim_much_memory_together(
+    mode: int, body: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each array passes for itself, as it or the bytes behind it might hold its elements; their sum doesn't."""
+    given = 0
+    genuine = torch.empty
+
+    def counting(*args: Any, **named: Any) -> Tensor:
+        nonlocal given
+        tensor = genuine(*args, **named)
+        given += tensor.numel() * tensor.element_size()
+        return tensor
+
+    spec = KVSpec("ssm", "bfloat16", (LayerSpec(LayerKind.STATE, 1, 1, 1),))
+    chunk = KVChunk(spec, torch.arange(1), [LayerKV(LayerKind.STATE, {})])
+    elements = 1 << 24 if mode == 2 else 1 << 16
+    record = struct.pack("<BI", mode, body) + b"\0" * body
+    segment = states_segment([struct.pack("<BBI", 0, 1, elements) + record] * 40)
+    monkeypatch.setattr("cachegen.codecs.lossless.torch.empty", counting)
+    with pytest.raises((LimitExceeded, FormatError)):
+        decode(CODERS[0], chunk, EncodedGroups([[segment]]))
+    assert given <= 256 * len(segment) + (1 << 26)
+    if mode == 1:
+        assert given == 0
+
+
+def test_states_of_zeros_beyond_the_budget_are_written_so_that_they_can_be_read() -> None:
+    spec = KVSpec("ssm", "bfloat16", (LayerSpec(LayerKind.STATE, 1, 1, 1),))
+    zeros = torch.zeros(9 << 12, 1 << 10, dtype=torch.bfloat16)  # 72 MiB; a few KB by zstd
+    chunk = KVChunk(spec, torch.arange(1), [LayerKV(LayerKind.STATE, {"s": zeros})])
+    encoded = encode(CODERS[1], chunk)
+    assert torch.equal(decode(CODERS[1], chunk, encoded)[0, "s"].view(torch.int16), zeros.view(torch.int16))
+
+
 def test_zstd_frames_that_state_another_size_are_refused() -> None:
     import zstandard
 
