@@ -92,20 +92,25 @@ def reference(values: Tensor) -> float:
         values: float32 [tokens, channels], outliers left out.
     """
     tokens = values.shape[0]
-    largest = float(values.abs().max()) if values.numel() else 0.0
+    largest = max(map(abs, map(float, torch.aminmax(values)))) if values.numel() else 0.0
     if largest == 0.0:
         return 1.0
-    scaled = (values / largest).double()
     # One token shows no deviation; keys vary about as much as their median, values somewhat more.
-    spread = 0.75 * float(scaled.abs().median()) if tokens == 1 else math.sqrt(float(scaled.var(0).mean()))
-    return max(spread, 2.0**-12) * largest
+    if tokens == 1:
+        spread = 0.75 * float(values.abs().median())
+    else:
+        centred = values.double()  # squares of any fp32 number fit
+        centred -= centred.mean(0)
+        squares = torch.dot(centred.view(-1), centred.view(-1))
+        spread = math.sqrt(float(squares) / ((tokens - 1) * values.shape[1]))
+    return max(spread, 2.0**-12 * largest)
 
 
 def quantise(values: Tensor, steps: Tensor, rounding: float) -> Tensor:
     """Dead-zone quantiser: int32 sign(x) * floor(|x| / step + rounding). Raises CapacityError beyond 2^26 steps."""
     magnitude = (values.abs() / steps).add_(rounding).floor_()
-    if not bool((magnitude < 1 << 26).all()):
+    if not float(magnitude.max()) < 1 << 26:  # NaN included
         raise CapacityError(
             "channel: a number is beyond 2^26 steps of its channel's mean; carry this layer by lossless"
         )
-    return (magnitude * values.sign()).to(torch.int32)
+    return magnitude.copysign_(values).to(torch.int32)
