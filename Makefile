@@ -18,6 +18,9 @@ NATIVE := $(wildcard cachegen/native/*.cpp cachegen/native/*.h) cachegen/native/
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_NO_INPUT := 1
+# On shared cores, threads that spin while they wait take the time of those that they wait for.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
 
 .PHONY: help demo test test-long test-isa fuzz lint format bench docs wheel sdist build clean
 

@@ -124,9 +124,18 @@ def finish(
         show(Console())
 
 
+class _Progress(Progress):
+    """Bars on a terminal; elsewhere (a log, CI) a line as each stage begins."""
+
+    def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
+        if not self.console.is_terminal and not self.disable:
+            self.console.print(description, markup=False, highlight=False)
+        return super().add_task(description, *args, **fields)
+
+
 def progress(quiet: bool = False) -> Progress:
     """A progress bar on stderr, so that results can be piped."""
-    return Progress(
+    return _Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
