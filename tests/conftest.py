@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+# A change lands or not by the same cases each time; anyone's own runs go on looking for new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 TEXT = """The lighthouse at Carrow Head was built in 1868, after two winters in which eleven ships were lost on the
 reef. Its lamp burned colza oil at first, then paraffin, and from 1931 an electric arc that could be seen for
