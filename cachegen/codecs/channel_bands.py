@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +37,9 @@ BAND = 480
 BAND_ELEMENTS = 1 << 19
 MEAN_STEPS = 8
 """Means are multiples of step / 8."""
+_TURNED = 256
+"""Tokens put back in their places, and turned, at once."""
+_OF_THREAD = threading.local()
 _SHORT = 96  # tokens; shorter bands try every mode, and tables by their cost
 _CENTRE = BUILTIN_TABLES  # first table of the middle shape, which side information is coded with
 
@@ -435,13 +439,14 @@ def _checked(side: _Side) -> _Side:
 def decode_bands(bands: Sequence[Band]) -> None:
     """Decode bands into their targets."""
     coded, decoded = [], []
+    room = _room(sum(band.elements for band in bands if band.coded is not None))
     for band in bands:
         if band.coded is None:
             keys, values = band.exact_numbers().split([band.keys.numel(), band.values.numel()])
             rotate(keys.view(band.keys.shape), band.positions, band.rope, out=band.keys)
             band.values.copy_(values.view(band.values.shape))
             continue
-        rows = torch.empty(len(band.keys), band.coded.spec.components, dtype=torch.float32)
+        rows, room = room[: band.elements].view(len(band.keys), -1), room[band.elements :]
         if band.order.outliers:
             rows[: band.order.outliers] = band.exact_numbers().view(band.order.outliers, -1)
         coded.append(band.coded)
@@ -456,6 +461,14 @@ def decode_bands(bands: Sequence[Band]) -> None:
         _hand_over(band, rows)
 
 
+def _room(elements: int) -> Tensor:
+    """fp32 memory of this thread's own, kept from band to band: a few MB, which fresh allocations would scatter."""
+    held: Tensor | None = getattr(_OF_THREAD, "room", None)
+    if held is None or held.numel() < elements:
+        _OF_THREAD.room = held = torch.empty(elements, dtype=torch.float32)
+    return held
+
+
 def _hand_over(band: Band, rows: Tensor) -> None:
     """Decoded rows [tokens, channels], in rank order and before RoPE, to the band's targets."""
     order, split = band.order.order, band.keys.shape[1] * band.keys.shape[2]
@@ -464,6 +477,8 @@ def _hand_over(band: Band, rows: Tensor) -> None:
         rotate(keys, band.positions, band.rope, out=band.keys)
         band.values.copy_(values)
         return
-    rotate(keys, band.positions[order], band.rope, out=keys)
-    band.keys.index_copy_(0, order, keys.to(band.keys.dtype))
-    band.values.index_copy_(0, order, values.to(band.values.dtype))
+    rank = torch.argsort(order)
+    for start in range(0, len(rank), _TURNED):
+        rows_of = slice(start, start + _TURNED)  # neighbours again, whose rotations every layer shares
+        rotate(keys.index_select(0, rank[rows_of]), band.positions[rows_of], band.rope, out=band.keys[rows_of])
+        band.values[rows_of].copy_(values.index_select(0, rank[rows_of]))

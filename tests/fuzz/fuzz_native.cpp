@@ -345,7 +345,32 @@ void one_record(const Record &seed, uint64_t round) {
   if (intact && first_status != 0) fail("lossless: an intact record was refused", round);
 }
 
-// Random floats through count and split, into buffers of the exact size.
+// The model fitted to counts: tables that are tables, in the room that was given.
+void one_fit(const std::vector<uint32_t> &counts, int64_t columns, int64_t type, uint64_t round) {
+  std::vector<uint16_t> freqs(8 * 256);
+  std::vector<uint8_t> sides[3];
+  for (auto &side : sides) side.resize(static_cast<size_t>(columns));
+  const int64_t runs[2] = {0, columns / 2};
+  cg_exponents model{};
+  model.counts = counts.data();
+  model.columns = columns;
+  model.type = type;
+  model.runs = runs;
+  model.run_count = columns > 1 ? 1 + static_cast<int64_t>(draw(2)) : 1;
+  model.freqs = freqs.data();
+  model.base = sides[0].data();
+  model.flip = sides[1].data();
+  model.table = sides[2].data();
+  if (cg_lossless_fit(&model) != 0) fail("lossless: fit refuses", round);
+  if (model.tables < 1 || model.tables * model.alphabet > 8 * 256) fail("lossless: more tables than there is room", round);
+  for (int64_t t = 0; t < model.tables; t++) {
+    int64_t sum = 0;
+    for (int64_t s = 0; s < model.alphabet; s++) sum += freqs[static_cast<size_t>(t * model.alphabet + s)];
+    if (sum != 4096) fail("lossless: frequencies that don't sum", round);
+  }
+}
+
+// Random floats through count, fit and split, into buffers of the exact size.
 void one_split(uint64_t round) {
   const int64_t type = static_cast<int64_t>(draw(5)), columns = 1 + static_cast<int64_t>(draw(70)), rows = 1 + static_cast<int64_t>(draw(40));
   std::vector<uint8_t> floats(static_cast<size_t>(rows * columns * lossless_bytes(type)));
@@ -373,6 +398,7 @@ void one_split(uint64_t round) {
   for (int i = 0; i < 3; i++) job.planes[i] = planes[i].data();
   job.exceptions = exceptions.data();
   if (cg_lossless_count(&job, counts.data()) != 0) fail("lossless: count refuses", round);
+  one_fit(counts, columns, type, round);
   const int status = cg_lossless_split(&job);
   if (status == 0 && (job.exception_count < 0 || job.exception_count > rows * columns)) fail("lossless: exceptions", round);
   job.type = 99;
